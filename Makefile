@@ -1,0 +1,51 @@
+# Every target makes .venv (once, and again when its dependencies change) and works on a clean clone.
+#   make demo       the whole thing on a Llama-type model
+#   make test       the tests that CI runs        make test-all   the slow ones too
+#   make check      ruff, formatter, mypy         make fix        what ruff can mend by itself
+#   make bench      benchmarks, results as JSON into benchmarks/results/
+# PYTHON=python3.12 picks the interpreter the environment is made with (3.11 or later).
+# ARGS="..." is handed to the demo, the benchmarks or pytest.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+ARGS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help install demo test test-all check fix bench clean
+
+help:
+	@sed -n 's/^#   //p' Makefile
+
+# A failed install leaves no stamp, so the next call tries again.
+$(STAMP): pyproject.toml constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --disable-pip-version-check --constraint constraints.txt --editable '.[demo,dev]'
+	touch $@
+
+install: $(STAMP)
+
+demo: $(STAMP)
+	$(BIN)/python examples/demo.py $(ARGS)
+
+test: $(STAMP)
+	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS)
+
+test-all: $(STAMP)
+	$(BIN)/python -m pytest -n 2 $(ARGS)
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+fix: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	$(BIN)/python -m benchmarks $(ARGS)
+
+clean:
+	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis
