@@ -1,8 +1,8 @@
 """What the user asked for: `Options`, the only reader of `mode=`, `options=` and the environment variable ATTNFUSE.
 
 `Options.parse(mode, options)` takes what `torch.compile(..., mode=, options=)` hands to a backend. A key is one of
-attnfuse's own (the fields of `Options`) or an Inductor config key, spelled as stock `torch.compile` takes it. Nothing is
-stored globally: the result travels as an argument, and Inductor's part of it as a dict of config patches.
+attnfuse's own (the fields of `Options`) or an Inductor config key, spelled as stock `torch.compile` takes it. Nothing
+is stored globally: the result travels as an argument, Inductor's part of it as a dict of config patches.
 """
 
 import difflib
