@@ -663,7 +663,7 @@ def linear(expr: Expr, *, loads_are_int: bool = False) -> Linear | None:
     """`expr` as a linear form over its atoms, or None if it is not known to be an integer.
 
     Args:
-        loads_are_int: the caller knows that the loads in `expr` are of integer type.
+        loads_are_int: the caller knows that `expr` is an integer, and so are the loads that it adds up.
     """
     if isinstance(expr, Const):
         return Linear({}, expr.value) if type(expr.value) is int else None
@@ -684,7 +684,7 @@ def linear(expr: Expr, *, loads_are_int: bool = False) -> Linear | None:
                     return left.scaled(right.constant)
                 return right.scaled(left.constant) if not left.terms else Linear({expr: 1}, 0)
             return left.plus(right if expr.op == "add" else right.scaled(-1))
-        if is_int(expr):
+        if loads_are_int or is_int(expr):
             return Linear({expr: 1}, 0)
     return None
 
