@@ -117,7 +117,7 @@ CODES: Final[dict[str, Code]] = {
     "AF029": Code(
         "missed",
         "the data type is not supported",
-        "q, k and v are integer, complex or quantised tensors, or differ in type.",
+        "The operands q, k and v are integer, complex or quantised tensors, or differ in type.",
         "Cast q, k and v to one of float16, bfloat16, float32 and float64.",
     ),
     "AF030": Code(
@@ -180,7 +180,7 @@ CODES: Final[dict[str, Code]] = {
     "AF044": Code(
         "failed",
         "the replacement differs from the original",
-        "options={'verify': True} ran both at small sizes and found too large a difference. It was left as it was.",
+        "With options={'verify': True} both ran at small sizes and differ by too much. It was left as it was.",
         "Please report it with the model or the graph that options={'dump': DIR} writes.",
     ),
     "AF050": Code(
