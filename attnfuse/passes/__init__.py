@@ -1,0 +1,145 @@
+"""From Dynamo's graph to a graph in which each attention that was understood is one operator.
+
+    normalise   one spelling for each operation
+    recognise   each softmax and SDPA call becomes a `Site`, or a remark that says what stopped it (uses peel and lift)
+    rewrite     each site becomes `attnfuse::attention`, or a plain SDPA call where that is provably the same and better
+
+`run` goes through `PIPELINE`; a pass that raises costs its own site or graph, never the user's program.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
+from typing import Final, TypeVar
+
+from torch import fx
+
+from attnfuse.options import Options
+from attnfuse.passes.decide import decide
+from attnfuse.passes.dump import dump
+from attnfuse.passes.graph import module_path, source_line
+from attnfuse.passes.lift import Scope, Table
+from attnfuse.passes.normalise import INLINED_BODIES, NormaliseError, normalise
+from attnfuse.passes.peel import Miss
+from attnfuse.passes.recognise import Site, anchors, recognise
+from attnfuse.passes.rewrite import insert, prune_operands
+from attnfuse.remark import Remark, Report
+
+T = TypeVar("T")
+log = logging.getLogger(__name__)
+
+
+@dataclass
+class Work:
+    """What the passes hand on to each other: the graph, its scopes, the sites found and the remarks so far."""
+
+    original: fx.GraphModule
+    options: Options
+    graph: fx.GraphModule | None = None
+    scopes: list[Scope] = field(default_factory=list)
+    found: list[tuple[fx.Node, Site | Remark]] = field(default_factory=list)
+    remarks: list[Remark] = field(default_factory=list)
+    fused: int = 0
+
+
+def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
+    """Finds and rewrites the attentions of a graph as Dynamo hands it to a backend.
+
+    Returns:
+        The rewritten graph, or None where nothing was rewritten (the caller compiles `gm` itself, which is never changed),
+        and the report, one remark for each softmax and SDPA call.
+    """
+    work = Work(gm, options)
+    for at, step in enumerate(PIPELINE, 1):
+        try:
+            step(work)
+        except NormaliseError as error:
+            if options.strict and error.code == "AF041":
+                raise
+            return None, Report((Remark.of(error.code, why=error.reason),))
+        except Exception as error:
+            if options.strict:
+                raise
+            log.debug("pass %s raised", step.__name__, exc_info=True)
+            return None, Report((Remark.of("AF041", error=_described(error), why=f"pass {step.__name__} raised"),))
+        dump(options.dump, at, step.__name__, work.graph, gm)
+    return (work.graph if work.fused else None), Report(tuple(work.remarks))
+
+
+def normalised(work: Work) -> None:
+    """One spelling for each operation."""
+    work.graph = normalise(work.original)
+
+
+def recognised(work: Work) -> None:
+    """A site or a remark for each anchor, in the graph and in the bodies of its checkpoints."""
+    assert work.graph is not None
+    for scope in _scopes(work.graph, Table()):
+        work.scopes.append(scope)
+        for anchor in anchors(scope):
+            work.found.append((anchor, _guarded(work, anchor, lambda s=scope, a=anchor: recognise(s, a))))  # type: ignore[misc]
+
+
+def rewritten(work: Work) -> None:
+    """Each site replaced, where a template takes it."""
+    assert work.graph is not None
+    for anchor, found in work.found:
+        remark = found if isinstance(found, Remark) else _guarded(work, anchor, lambda s=found: _rewrite(work, s))  # type: ignore[misc]
+        work.remarks.append(remark)
+    if work.fused:
+        for scope in reversed(work.scopes):
+            prune_operands(scope)
+            scope.module.graph.lint()
+            scope.module.recompile()
+
+
+PIPELINE: Final[tuple[Callable[[Work], None], ...]] = (normalised, recognised, rewritten)
+
+
+def _rewrite(work: Work, site: Site) -> Remark:
+    chosen = decide(site)
+    if isinstance(chosen, Remark):
+        return chosen
+    insert(site, chosen.meaning, chosen.library)
+    work.fused += 1
+    return chosen.remark
+
+
+def _scopes(graph: fx.GraphModule, table: Table, outer: Scope | None = None, call: fx.Node | None = None) -> Iterator[Scope]:
+    bindings = {}
+    if call is not None:
+        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
+        bindings = {p: a for p, a in zip(inputs, call.args[1:], strict=True) if isinstance(a, fx.Node)}
+    scope = Scope(graph, table, outer, bindings, call)
+    yield scope
+    bodies = [n for n in graph.graph.nodes if n.op == "call_function" and str(n.target) in INLINED_BODIES]
+    names = [str(n.args[0].target) for n in bodies if isinstance(n.args[0], fx.Node)]
+    for node, name in zip(bodies, names, strict=True):
+        if names.count(name) == 1 and not node.kwargs.get("flat"):
+            yield from _scopes(getattr(graph, name), table, scope, node)
+
+
+def _guarded(work: Work, anchor: fx.Node, step: Callable[[], T]) -> T | Remark:
+    """The result of a step at one site, or the remark that tells why there is none."""
+    where = {"module": module_path(anchor), "source": source_line(anchor)}
+    try:
+        return step()
+    except Miss as miss:
+        facts = dict(miss.facts)
+        if miss.node is not None:
+            facts |= {"node": miss.node.name, "node_source": source_line(miss.node)}
+        return Remark.of(miss.code, **where, **facts)  # type: ignore[arg-type]
+    except Exception as error:
+        if work.options.strict:
+            raise
+        log.debug("a pass raised at %s", anchor, exc_info=True)
+        return Remark.of("AF040", **where, error=_described(error), node=anchor.name)  # type: ignore[arg-type]
+
+
+def _described(error: Exception) -> str:
+    return f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+
+
+__all__ = ["PIPELINE", "Work", "run"]

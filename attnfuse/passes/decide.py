@@ -1,0 +1,98 @@
+"""What takes a site's place: nothing (kept, declined), a plain scaled_dot_product_attention node, or the operator.
+
+The passes ask `templates.choose` with the sizes of this compile; the operator asks again with the real ones.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, packet, source_line
+from attnfuse.passes.index import same
+from attnfuse.passes.lift import LeafSource
+from attnfuse.passes.peel import Miss
+from attnfuse.passes.recognise import Site, layout
+from attnfuse.passes.spell import Meaning, meaning
+from attnfuse.remark import Remark
+from attnfuse.score import loads
+from attnfuse.templates import LIBRARY, Target, choose
+from attnfuse.templates.library import Call, call_of
+from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
+
+
+@dataclass(frozen=True)
+class Replacement:
+    """A site's meaning, the library call that serves it (None: the operator does) and the remark about it."""
+
+    meaning: Meaning
+    library: Call | None
+    remark: Remark
+
+
+def decide(site: Site) -> Replacement | Remark:
+    """The replacement, or the remark of a site that stays as it is.  Raises Miss."""
+    what = meaning(site)
+    target = _target(site)
+    choice = choose(what.spec, what.shape, target)
+    where = {"module": module_path(site.anchor), "source": source_line(site.anchor), "score": str(what.spec.program)}
+    facts: dict[str, object] = {
+        "shape": str(what.shape),
+        "dtype": target.dtype,
+        "seen": site.seen,
+        "spec": str(what.spec),
+        "training": target.training,
+    }
+    notes = _notes(site, what)
+    if notes:
+        facts["notes"] = notes
+    if choice.template is None:
+        return Remark.of("AF030", **where, reasons=dict(choice.reasons), **facts)  # type: ignore[arg-type]
+    library = choice.template == LIBRARY.name
+    if library and site.is_sdpa and _is_plain(site):
+        return Remark.of("AF001", **where, template=choice.template, **facts)  # type: ignore[arg-type]
+    facts["tiles_skipped"] = round(tiles_skipped(what.spec, what.shape, *choice.tiles), 4)
+    remark = Remark.of("AF010" if library else "AF000", **where, template=choice.template, **facts)  # type: ignore[arg-type]
+    return Replacement(what, call_of(what.spec) if library else None, remark)
+
+
+def _target(site: Site) -> Target:
+    q = fake(site.q.node)
+    training = any(fake(x.node).requires_grad for x in (site.q, site.k, site.v))
+    return Target(
+        device=q.device.type,
+        dtype=SHORT_DTYPES[site.dtype],
+        v_dtype=SHORT_DTYPES[fake(site.out).dtype],
+        training=training,
+    )
+
+
+def _is_plain(site: Site) -> bool:
+    """Whether the SDPA call reads q, k and v as they are: no mask, no heads expanded for it."""
+    if site.anchor.args[3:4] not in ((), (None,)) or site.anchor.kwargs.get("attn_mask") is not None:
+        return False
+    return all(len(op.read) == 1 for op in (site.k, site.v))
+
+
+def _notes(site: Site, what: Meaning) -> tuple[str, ...]:
+    notes = []
+    masks = [load for tier in what.spec.program.tiers for load in loads(tier.allowed)]
+    dense = [x for x in masks if len(x.indices) and {"m", "n"} <= {str(i) for i in x.indices}]
+    sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
+    if any(sources[x.leaf].node.op == "placeholder" for x in dense):
+        notes.append("AF050")
+    elif dense:
+        notes.append("AF051")
+    if needs_every_key(what.spec.program) and not never_empty(bounds(what.spec)):
+        notes.append("AF052")
+    return tuple(notes)
+
+
+def check_heads(site: Site) -> None:
+    """Raises Miss AF027 where K and V do not have the same number of heads."""
+    k, v = layout(site.k, site.sizes, "k"), layout(site.v, site.sizes, "v")
+    assert k is not None and v is not None
+    if not same(k.heads, v.heads):
+        raise Miss("AF027", site.out, f"k has {k.heads} heads and v has {v.heads}")
+
+
+__all__ = ["Replacement", "check_heads", "decide", "packet"]

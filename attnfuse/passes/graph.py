@@ -1,0 +1,144 @@
+"""What the passes ask of a normalised FX graph: shapes, storage, writes, and where a node stands in the model's source."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, Final, cast
+
+import torch
+from torch import fx
+from torch.utils import _pytree as pytree
+
+from attnfuse.passes.index import Size, sizes_of
+
+aten = torch.ops.aten
+
+SHORT_DTYPES: Final[Mapping[torch.dtype, str]] = {
+    torch.bool: "bool",
+    torch.uint8: "u8",
+    torch.int8: "i8",
+    torch.int16: "i16",
+    torch.int32: "i32",
+    torch.int64: "i64",
+    torch.float16: "f16",
+    torch.bfloat16: "bf16",
+    torch.float32: "f32",
+    torch.float64: "f64",
+}
+
+
+def fake(node: fx.Node) -> torch.Tensor:
+    """The fake tensor that stands for the node's value."""
+    val = node.meta["val"]
+    assert isinstance(val, torch.Tensor), f"{node} is no tensor"
+    return val
+
+
+def is_tensor(arg: object) -> bool:
+    """Whether `arg` is a node whose value is one tensor."""
+    return isinstance(arg, fx.Node) and isinstance(arg.meta.get("val"), torch.Tensor)
+
+
+def shape(node: fx.Node) -> tuple[Size, ...]:
+    """The node's shape as ints and sympy expressions; no guard is added."""
+    return sizes_of(fake(node).shape)
+
+
+def packet(node: fx.Node) -> str:
+    """The name of the ATen operator without its overload, such as `add`, or an empty string."""
+    target = node.target
+    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+        return cast(str, target._schema.name.removeprefix("aten::"))
+    return ""
+
+
+def bound(node: fx.Node) -> dict[str, Any]:
+    """The operator's arguments by schema name, defaults filled in."""
+    schema = cast(torch._ops.OpOverload, node.target)._schema
+    out: dict[str, Any] = {}
+    for at, arg in enumerate(schema.arguments):
+        if at < len(node.args) and not arg.kwarg_only:
+            out[arg.name] = node.args[at]
+        elif arg.name in node.kwargs:
+            out[arg.name] = node.kwargs[arg.name]
+        else:
+            out[arg.name] = arg.default_value if arg.has_default_value() else None
+    return out
+
+
+class Storage:
+    """Which nodes share storage and where it is written, read off the operators' schemas (conservatively: an operator that may
+    return a view counts as one)."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.position: dict[fx.Node, int] = {}
+        self._root: dict[fx.Node, fx.Node] = {}
+        self._writes: dict[fx.Node, list[int]] = {}
+        self.members: dict[fx.Node, list[fx.Node]] = {}
+        for at, node in enumerate(graph.nodes):
+            self.position[node] = at
+            root = self._find(node, at)
+            self._root[node] = root
+            self.members.setdefault(root, []).append(node)
+
+    def root(self, node: fx.Node) -> fx.Node:
+        """The node that made the storage that `node` reads."""
+        return self._root[node]
+
+    def writes(self, node: fx.Node) -> list[int]:
+        """Positions of all writes to the node's storage."""
+        return self._writes.get(self._root[node], [])
+
+    def _find(self, node: fx.Node, at: int) -> fx.Node:
+        if node.op != "call_function":
+            return node
+        if not isinstance(node.target, torch._ops.OpOverload):
+            first = node.args[0] if node.args and getattr(node.target, "__name__", "") == "getitem" else None
+            return self._root[first] if isinstance(first, fx.Node) else node
+        root = node
+        args = bound(node)
+        for arg in node.target._schema.arguments:
+            value = args[arg.name]
+            values = value if isinstance(value, list | tuple) else [value]
+            nodes = [x for x in values if isinstance(x, fx.Node)]
+            if arg.alias_info is None or not nodes:
+                continue
+            if arg.alias_info.is_write:
+                for x in nodes:
+                    self._writes.setdefault(self._root[x], []).append(at)
+            if any(r.alias_info is not None for r in node.target._schema.returns):
+                root = self._root[nodes[0]]
+        return root
+
+
+def module_path(node: fx.Node) -> str:
+    """The path of the innermost module that the node was traced in, such as `model.layers.0.self_attn`."""
+    stack = node.meta.get("nn_module_stack") or {}
+    if not stack:
+        return ""
+    path = list(stack.values())[-1]
+    path = path[0] if isinstance(path, tuple) else path
+    path = re.sub(r"\[['\"]?([^'\"\]]*)['\"]?\]", r".\1", str(path))
+    path = re.sub(r"^L?\.?(self|L__self__|G__.*?)(?=\.|$)", "", path).replace("_modules.", "")
+    return path.strip(".")
+
+
+_FRAME: Final = re.compile(r'File "([^"]+)", line (\d+)')
+
+
+def source_line(node: fx.Node) -> str:
+    """`file.py:line` of the statement that made the node, or an empty string."""
+    frames = _FRAME.findall(node.meta.get("stack_trace") or "")
+    if not frames:
+        return ""
+    path, line = frames[-1]
+    return f"{Path(path).name}:{line}"
+
+
+def operands(node: fx.Node) -> Iterator[fx.Node]:
+    """The nodes among the arguments, lists flattened."""
+    for arg in pytree.tree_leaves((node.args, node.kwargs)):
+        if isinstance(arg, fx.Node):
+            yield arg

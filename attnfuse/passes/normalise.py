@@ -1,0 +1,575 @@
+"""Dynamo's torch-level graph as ATen operators before dispatch, one spelling for each operation: `normalise`.
+
+The graph is run once more on the fake tensors that Dynamo recorded, under `make_fx(pre_dispatch=True)`: softmax, matmul,
+linear, dropout, scaled_dot_product_attention, grad-mode and autocast switches stay single nodes. The graph given is not
+changed, so it can be compiled as it stands when anything further on goes wrong.
+
+Kept by hand, because tracing would lose it: higher-order operators (a custom backward, the checkpoint's tags). A body that
+AOTAutograd inlines is normalised as a graph of its own, others stay as they are. Constants go into the graph's text: the
+cache of AOTAutograd does not look at the values of tensor attributes. What cannot be retraced exactly raises
+`NormaliseError`.
+
+Running an operator on fake tensors is what costs: about 1 ms, 5 ms with symbolic sizes. A call whose operator, arguments
+and modes were seen before, in an earlier layer, is therefore not run: its node is written down again, with the value that
+Dynamo recorded.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import operator
+import types
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any, Final, cast
+from unittest import mock
+
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._ops import HigherOrderOperator, OpOverload
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.amp import autocast_mode
+from torch.fx import traceback
+from torch.fx._lazy_graph_module import _use_lazy_graph_module
+from torch.fx.experimental import proxy_tensor
+from torch.fx.experimental.symbolic_shapes import ShapeEnv, rebind_unbacked
+from torch.fx.proxy import _COPY_META_FIELDS
+from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+__all__ = ["NormaliseError", "normalise"]
+
+aten = torch.ops.aten
+Sym: Final = (torch.SymInt, torch.SymFloat, torch.SymBool)
+
+# Higher-order operators whose body AOTAutograd runs node by node, like the graph around it: op(body, *operands).
+INLINED_BODIES: Final = frozenset({"tag_activation_checkpoint"})
+
+# What Dynamo sets on the graph module for those who compile it.
+_ATTRIBUTES: Final = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason")
+
+_STORAGE_WRITES: Final = frozenset({"set_", "resize_", "resize_as_", "resize_storage_bytes_"})
+_METADATA_WRITES: Final = frozenset(
+    {"as_strided_", "detach_", "rename_", "requires_grad_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"}
+)
+# Calls that may leave no node: a check that holds for all sizes, an entry in a log.
+_SILENT: Final = ("_log_api_usage_once", "_check", "_assert")
+
+_PLAIN: Final = (
+    bool,
+    int,
+    float,
+    complex,
+    str,
+    torch.dtype,
+    torch.device,
+    torch.layout,
+    torch.memory_format,
+    types.EllipsisType,
+)
+
+
+class NormaliseError(Exception):
+    """The graph cannot be retraced exactly and has to be compiled as it stands.
+
+    `code` is AF042 if a tensor subclass stands in the way, else AF041; `reason` is a clause that says what does.
+    """
+
+    def __init__(self, reason: str, code: str = "AF041") -> None:
+        super().__init__(reason)
+        self.reason = reason
+        self.code = code
+
+
+def normalise(gm: fx.GraphModule) -> fx.GraphModule:
+    """The same computation as `gm` in ATen operators, as they are before dispatch.
+
+    Placeholders keep order, name, `meta` and `_dynamo_source`; `gm.meta` and what Dynamo set on `gm` are carried over.
+    Every node has `meta["val"]` and the stack trace and module stack of the node it came from. No guard is added.
+
+    Args:
+        gm: a graph as Dynamo hands it to a backend; it is not changed.
+
+    Raises:
+        NormaliseError: the graph has no tensor input, or something in it cannot be retraced exactly.
+    """
+    _refuse(gm)
+    recorded = (_recorded(node) for node in gm.graph.find_nodes(op="placeholder"))
+    fake_mode = next((value.fake_mode for value in recorded if isinstance(value, FakeTensor)), None)
+    if fake_mode is None:
+        raise NormaliseError("the graph has no tensor input")
+    try:
+        with fake_mode, _no_new_guards(fake_mode.shape_env):
+            # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
+            fake_mode.epoch += 1
+            try:
+                return _Retrace(fake_mode, recall=True).trace(gm)
+            except _OutdatedError:
+                return _Retrace(fake_mode, recall=False).trace(gm)
+    except NormaliseError:
+        raise
+    except Exception as error:
+        text = str(error).strip().splitlines() or [""]
+        raise NormaliseError(f"the retrace raised {type(error).__name__}: {text[0]}") from error
+
+
+class _OutdatedError(Exception):
+    """An operator changes sizes, strides or autograd state in place: Dynamo's records show the state after it."""
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """Place of a call's tensor or symbol, in the order in which they appear in its arguments."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Step:
+    """Place of a node among those that a call became."""
+
+    index: int
+
+
+@dataclass(frozen=True)
+class _Call:
+    """The nodes that a call became: operator, arguments, keyword arguments, value; the last is the result, if there is one."""
+
+    nodes: tuple[tuple[OpOverload, Any, Any, object], ...]
+    result: _Operand | _Step
+    metadata: tuple[object, ...]
+
+
+@dataclass(frozen=True)
+class _Body:
+    """A body to be normalised once the graph around it is done, and the modes that hold where it is called."""
+
+    name: str
+    module: fx.GraphModule
+    operands: Sequence[object]
+    grad: bool
+    autocasts: tuple[tuple[Any, ...], ...]
+
+
+class _Retrace:
+    """The retrace of a graph and the bodies in it, which share the calls seen before."""
+
+    def __init__(self, fake_mode: FakeTensorMode, *, recall: bool) -> None:
+        self.fake_mode = fake_mode
+        self.recall = recall
+        self.calls: dict[object, _Call] = {}
+
+    def trace(self, gm: fx.GraphModule, values: Sequence[object] | None = None) -> fx.GraphModule:
+        """`gm` normalised, its inputs `values`, or else what Dynamo recorded for them."""
+        if values is None:
+            values = [_recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
+        if not self.recall:
+            values = [aten.alias(value) if isinstance(value, torch.Tensor) else value for value in values]
+        replay = _Replay(gm, self)
+        with (
+            replay.modes_restored(),
+            enable_python_dispatcher(),
+            traceback.preserve_node_meta(),
+            _use_lazy_graph_module(True),
+        ):
+            new = proxy_tensor.make_fx(replay.run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+        _carry_over(gm, new)
+        _write_constants(new, own=set(replay.attributes))
+        for body in replay.bodies:
+            with torch.set_grad_enabled(body.grad), contextlib.ExitStack() as stack:
+                for args in body.autocasts:
+                    stack.enter_context(_autocast(*args))
+                setattr(new, body.name, self._body(body))
+        return new
+
+    def _body(self, body: _Body) -> fx.GraphModule:
+        own = [_recorded(node) for node in body.module.graph.find_nodes(op="placeholder")]
+        if len(own) == len(body.operands) and all(map(_same_metadata, own, body.operands)):
+            return self.trace(body.module)
+        return _Retrace(self.fake_mode, recall=False).trace(body.module, body.operands)
+
+
+class _Replay(fx.Interpreter):
+    """Runs a graph under `make_fx`; writes a node by hand where running it would lose something or was done before."""
+
+    def __init__(self, gm: fx.GraphModule, retrace: _Retrace) -> None:
+        super().__init__(gm)
+        self.extra_traceback = False
+        self.retrace = retrace
+        self.bodies: list[_Body] = []
+        self.attributes: dict[str, fx.Proxy] = {}
+        self._node: fx.Node
+        self._autocasts: list[tuple[tuple[Any, ...], torch.amp.autocast]] = []
+        self._metadata: dict[int, tuple[torch.Tensor, tuple[object, ...]]] = {}
+
+    @contextlib.contextmanager
+    def modes_restored(self) -> Iterator[None]:
+        """Undo what the graph switches, wherever the run ends."""
+        grad = torch.is_grad_enabled()
+        try:
+            yield
+        finally:
+            while self._autocasts:
+                self._autocasts.pop()[1].__exit__(None, None, None)
+            torch._C._set_grad_enabled(grad)
+
+    @property
+    def tracer(self) -> Any:
+        mode = proxy_tensor.get_proxy_mode()
+        assert mode is not None, "the replay runs under make_fx"
+        return mode.tracer
+
+    def run_node(self, n: fx.Node) -> Any:
+        self._node = n
+        if n.op not in ("call_function", "call_method") or isinstance(n.target, HigherOrderOperator):
+            return super().run_node(n)
+        args, kwargs = self.fetch_args_kwargs_from_env(n)
+        # Without this each look at a tensor's shape goes through the modes of make_fx.
+        with torch._C.DisableTorchFunction():
+            if n.target is operator.getitem and isinstance(args[0], tuple | list):
+                return args[0][args[1]]
+            if n.target == "size" and isinstance(args[0], torch.Tensor):
+                return args[0].size(*args[1:], **kwargs)
+            if n.target == "item" and isinstance(_recorded(n), Sym) and "unbacked_bindings" not in n.meta:
+                return self._item(n, args[0])
+            operands: list[Any] = []
+            key = self._key(n, args, kwargs, operands) if self.retrace.recall else None
+            if key is not None and (call := self.retrace.calls.get(key)) is not None:
+                if isinstance(call.result, _Operand):
+                    return operands[call.result.index]
+                value = _recorded(n)
+                if isinstance(value, FakeTensor) and self._describe(value) == call.metadata:
+                    return self._write(n, call, operands, value)
+            places = {self._node_of(x): _Operand(i) for i, x in enumerate(operands) if isinstance(x, torch.Tensor)}
+            nodes = self.tracer.graph.nodes
+            count = len(nodes)
+        with self._set_current_node(n):
+            result = getattr(self, n.op)(n.target, args, kwargs)
+        written = [node for node, _ in zip(reversed(nodes), range(len(nodes) - count), strict=False)][::-1]
+        with torch._C.DisableTorchFunction():
+            self._check(n, result, written)
+            if key is not None:
+                places |= {self._node_of(x): _Operand(i) for i, x in enumerate(operands) if not isinstance(x, torch.Tensor)}
+                self._learn(key, written, places, operands, result)
+        return result
+
+    # Calls seen before
+
+    def _key(self, n: fx.Node, args: object, kwargs: object, operands: list[Any]) -> object | None:
+        """All that decides which operators a call becomes, or None if that cannot be told. Fills `operands`."""
+        if "unbacked_bindings" in n.meta or not (isinstance(n.target, str) or _is_torch(n.target)):
+            return None
+        places: dict[int, int] = {}
+
+        def key(x: object) -> object:
+            if isinstance(x, torch.Tensor | torch.SymInt | torch.SymFloat):
+                place = places.setdefault(id(x), len(operands))
+                if place == len(operands):
+                    operands.append(x)
+                if isinstance(x, torch.Tensor):
+                    return place, self._describe(x)
+                # Two layers' scales are two symbols. No operator may ask for the value of either: it would be a guard.
+                return place, x.node.expr if isinstance(x, torch.SymInt) else torch.SymFloat
+            if isinstance(x, slice):
+                return slice, key(x.start), key(x.stop), key(x.step)
+            if isinstance(x, tuple | list):
+                return type(x), tuple(key(y) for y in x)
+            if isinstance(x, dict):
+                return dict, tuple((name, key(y)) for name, y in x.items())
+            if x is None or isinstance(x, _PLAIN):
+                return type(x), repr(x) if isinstance(x, float | complex) else x
+            raise LookupError
+
+        modes = torch.is_grad_enabled(), tuple(args for args, _ in self._autocasts)
+        try:
+            return n.target, key(args), key(kwargs), modes
+        except LookupError:
+            return None
+
+    def _describe(self, x: torch.Tensor) -> tuple[object, ...]:
+        known = self._metadata.get(id(x))
+        if known is None:
+            known = self._metadata[id(x)] = (x, (x.requires_grad, *_metadata(x)))
+        return known[1]
+
+    def _learn(
+        self, key: object, written: list[fx.Node], places: dict[Any, _Operand | _Step], operands: list[Any], result: object
+    ) -> None:
+        if not isinstance(result, torch.Tensor):
+            return
+        if not written:
+            place = next((i for i, x in enumerate(operands) if x is result), None)
+            if place is not None:
+                self.retrace.calls[key] = _Call((), _Operand(place), ())
+            return
+        nodes = []
+        for i, node in enumerate(written):
+            op = node.target
+            if not isinstance(op, OpOverload) or op.namespace != "aten" or op._schema.is_mutable:
+                return
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: places.get(arg, arg))
+            if any(isinstance(x, fx.Node) for x in pytree.tree_leaves((args, kwargs))):
+                return
+            nodes.append((op, args, kwargs, node.meta["val"]))
+            places[node] = _Step(i)
+        if self._node_of(result) is written[-1]:
+            self.retrace.calls[key] = _Call(tuple(nodes), _Step(len(written) - 1), self._describe(result))
+
+    def _write(self, n: fx.Node, call: _Call, operands: list[Any], value: FakeTensor) -> FakeTensor:
+        given = [self._node_of(x) for x in operands]
+        done: list[fx.Node] = []
+
+        def fill(x: Any) -> Any:
+            if isinstance(x, _Operand):
+                return given[x.index]
+            if isinstance(x, _Step):
+                return done[x.index]
+            return type(x)(map(fill, x)) if isinstance(x, tuple | list) else x
+
+        for op, args, kwargs, val in call.nodes:
+            done.append(self._create(n, op, fill(args), {name: fill(x) for name, x in kwargs.items()}))
+            done[-1].meta["val"] = val
+        done[-1].meta["val"] = value
+        proxy_tensor.set_proxy_slot(value, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(done[-1], self.tracer), None))
+        return value
+
+    def _create(self, n: fx.Node, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        node = self.tracer.graph.create_node("call_function", op, args, kwargs, op._opname)
+        with self._set_current_node(n):
+            current = traceback.get_current_meta()
+            node.meta = {field: current[field] for field in ("stack_trace", *_COPY_META_FIELDS) if field in current}
+        return node
+
+    def _node_of(self, x: object) -> Any:
+        proxy = self.tracer.unwrap_proxy(x)
+        return proxy.node if isinstance(proxy, fx.Proxy) else proxy
+
+    def _check(self, n: fx.Node, result: object, written: list[fx.Node]) -> None:
+        """Raise if the run of `n` lost an effect, gave another value than Dynamo's, or outdated what Dynamo recorded."""
+        recall = self.retrace.recall
+        if recall and any(_writes_metadata(node) for node in written):
+            raise _OutdatedError
+        if not written and not _is_value(result) and not _name(n).startswith(_SILENT):
+            raise NormaliseError(f"`{n}` has an effect that the retrace would lose")
+        recorded = _recorded(n)
+        if "unbacked_bindings" in n.meta:
+            rebind_unbacked(self.retrace.fake_mode.shape_env, n, result)
+        elif recall and isinstance(result, FakeTensor) and isinstance(recorded, FakeTensor):
+            now, then = self._describe(result)[1:], self._describe(recorded)[1:]
+            if now != then:
+                raise NormaliseError(f"`{n}` is {now} in the retrace and {then} in Dynamo's graph")
+
+    # Kept by hand
+
+    def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if isinstance(target, HigherOrderOperator):
+            return self._keep(target, args, kwargs)
+        if target is autocast_mode._enter_autocast:
+            return self._enter_autocast(target, args)
+        if target is autocast_mode._exit_autocast:
+            return self._exit_autocast(target, *args)
+        return super().call_function(target, args, kwargs)
+
+    def _item(self, n: fx.Node, x: torch.Tensor) -> object:
+        """A float of the model that Dynamo made an input: running item() again would make another symbol of it."""
+        value = _recorded(n)
+        node = self._create(n, aten.item.default, (self._node_of(x),), {})
+        node.meta["val"] = value
+        return proxy_tensor.track_tensor_tree(value, fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
+
+    def get_attr(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        value = super().get_attr(target, args, kwargs)
+        if not isinstance(value, torch.Tensor):
+            return value
+        recorded = _recorded(self._node)
+        fake = recorded if isinstance(recorded, FakeTensor) else self.retrace.fake_mode.from_tensor(value)
+        proxy_tensor.set_proxy_slot(fake, self.tracer, proxy_tensor._ProxyTensor(self._attribute(target, value), None))
+        return fake
+
+    def _attribute(self, name: str, value: object) -> fx.Proxy:
+        if "." in name:
+            raise NormaliseError(f"`{self._node}` reads an attribute of a submodule, {name}")
+        if name not in self.attributes:
+            setattr(self.tracer.root, name, value)
+            self.attributes[name] = self.tracer.create_proxy("get_attr", name, (), {})
+        return self.attributes[name]
+
+    def _enter_autocast(self, target: Any, args: tuple[Any, ...]) -> tuple[fx.Node, torch.amp.autocast]:
+        # make_fx would write the node and leave autocast off, and the values inside would have another dtype.
+        node = self.tracer.create_node("call_function", target, args, {})
+        node.meta["val"] = None
+        mode = _autocast(*args)
+        mode.__enter__()
+        self._autocasts.append((args, mode))
+        return node, mode
+
+    def _exit_autocast(self, target: Any, region: tuple[fx.Node, torch.amp.autocast]) -> tuple[fx.Node, torch.amp.autocast]:
+        entered, mode = region
+        if not self._autocasts or self._autocasts[-1][1] is not mode:
+            raise NormaliseError(f"`{self._node}` leaves an autocast region that is not the innermost")
+        self.tracer.create_node("call_function", target, (entered,), {}).meta["val"] = None
+        self._autocasts.pop()
+        mode.__exit__(None, None, None)
+        return region
+
+    def _keep(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        n = self._node
+        if "example_value" not in n.meta and n.users:
+            raise NormaliseError(f"Dynamo recorded no value for `{n}`")
+        value = _recorded(n)
+        if not self.retrace.recall:
+            value = pytree.tree_map_only(torch.Tensor, aten.alias, value)
+
+        def proxy(arg: fx.Node) -> Any:
+            operand = self.env[arg]
+            if isinstance(operand, torch.nn.Module):
+                return self._attribute(str(arg.target), operand)
+            return pytree.tree_map(self.tracer.unwrap_proxy, operand)
+
+        out = self.tracer.create_proxy("call_function", target, *fx.node.map_arg((n.args, n.kwargs), proxy))
+        out.node.meta["val"] = value
+        if "unbacked_bindings" in n.meta:
+            out.node.meta["unbacked_bindings"] = n.meta["unbacked_bindings"]
+        if target.name() in INLINED_BODIES and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
+            body, *operands = args
+            # A body that a second call shares may be called there with other operands.
+            if isinstance(body, fx.GraphModule) and len(n.all_input_nodes[0].users) == 1:
+                autocasts = tuple(args for args, _ in self._autocasts)
+                self.bodies.append(_Body(str(n.args[0]), body, operands, torch.is_grad_enabled(), autocasts))
+        return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
+
+
+def _refuse(gm: fx.GraphModule) -> None:
+    """Raise for what is known to be lost or changed by a retrace, in the graph or in a body."""
+    for node in gm.graph.nodes:
+        for value in pytree.tree_leaves(_recorded(node)):
+            if isinstance(value, torch.Tensor) and (is_traceable_wrapper_subclass(value) or value.is_nested):
+                raise NormaliseError(f"`{node}` is a {type(value).__name__}", code="AF042")
+        name = _name(node)
+        if node.op == "call_module":
+            raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
+        if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):
+            _refuse(body)
+        elif (getattr(node.target, "__module__", None) or "").startswith("torch._functorch"):
+            raise NormaliseError(f"`{node}` is part of a function transform")
+        elif name in _STORAGE_WRITES:
+            raise NormaliseError(f"`{node}` changes the storage of a tensor")
+        elif name in _METADATA_WRITES and node.args and getattr(node.args[0], "op", None) == "placeholder":
+            raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
+
+
+def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:
+    """What Dynamo says about the graph and its inputs: AOTAutograd reads static inputs and duplicates off it."""
+    old_inputs, new_inputs = (list(g.graph.find_nodes(op="placeholder")) for g in (gm, new))
+    for old, node in zip(old_inputs, new_inputs, strict=True):
+        node.target, node.type = old.target, old.type
+        node._rename(old.name)
+        node.meta = {**old.meta, "val": node.meta.get("val", _recorded(old))}
+        if hasattr(old, "_dynamo_source"):
+            node._dynamo_source = old._dynamo_source
+    new.meta.update(gm.meta)
+    new.training = gm.training
+    for name in _ATTRIBUTES:
+        if hasattr(gm, name):
+            setattr(new, name, getattr(gm, name))
+    used = {node.target for node in gm.graph.find_nodes(op="get_attr")}
+    for name, child in gm.named_children():
+        if name not in used:
+            setattr(new, name, child)
+
+
+def _write_constants(new: fx.GraphModule, own: set[str]) -> None:
+    """Put the tensors that the retrace made of Python numbers back into the text."""
+    graph = new.graph
+    for attribute in graph.find_nodes(op="get_attr"):
+        value = getattr(new, attribute.target)
+        if attribute.target in own or not isinstance(value, torch.Tensor):
+            continue
+        for copy in list(attribute.users):
+            if copy.target is not aten.lift_fresh_copy.default:
+                raise NormaliseError(f"`{copy}` reads a constant that the retrace made")
+            with graph.inserting_before(copy):
+                target = torch.tensor if value.dim() else aten.scalar_tensor.default
+                node = graph.call_function(target, (value.tolist(),), {"dtype": value.dtype, "device": value.device})
+            node.meta = dict(copy.meta)
+            # torch.tensor() detaches the fresh tensor in place.
+            for user in [copy, *copy.users]:
+                if user is copy or user.target is aten.detach_.default:
+                    user.replace_all_uses_with(node)
+            for user in [*copy.users, copy]:
+                graph.erase_node(user)
+        graph.erase_node(attribute)
+        delattr(new, attribute.target)
+
+
+@contextlib.contextmanager
+def _no_new_guards(shape_env: ShapeEnv | None) -> Iterator[None]:
+    """Let anything raise that would make the compiled program hold for fewer sizes than Dynamo's graph does."""
+    if shape_env is None:
+        yield
+    elif hasattr(shape_env, "error_on_new_guards"):
+        with shape_env.error_on_new_guards():
+            yield
+    else:
+
+        def refuse(expr: object, value: object) -> None:
+            raise NormaliseError(f"the retrace would add the guard {expr} == {value}")
+
+        with mock.patch.object(shape_env, "_check_frozen", refuse):
+            yield
+
+
+def _autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> torch.amp.autocast:
+    # make_fx turns the cache of casts off: it would hand out tensors that the tracer has not seen.
+    return torch.amp.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
+
+
+def _recorded(node: fx.Node) -> object:
+    """What Dynamo computed for the node."""
+    return node.meta.get("example_value")
+
+
+def _name(node: fx.Node) -> str:
+    target = node.target
+    if isinstance(target, OpOverload):
+        return cast(str, target._opname)
+    return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def _is_torch(target: object) -> bool:
+    if isinstance(target, types.BuiltinFunctionType | types.MethodDescriptorType | OpOverload | torch._ops.OpOverloadPacket):
+        return True
+    return (getattr(target, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def _is_value(x: object) -> bool:
+    if isinstance(x, tuple | list | dict):
+        return all(y is None or _is_value(y) for y in (x.values() if isinstance(x, dict) else x))
+    return isinstance(x, (torch.Tensor, *Sym, slice, *_PLAIN))
+
+
+def _writes_metadata(node: fx.Node) -> bool:
+    if not (isinstance(node.target, OpOverload) and torch.Tag.inplace_view in node.target.tags):
+        return False
+    source = node.args[0]
+    return not (isinstance(source, fx.Node) and source.target is aten.lift_fresh_copy.default)
+
+
+def _metadata(x: torch.Tensor) -> tuple[object, ...]:
+    """The tensor's dtype, device, shape and layout, to be compared and hashed without a guard."""
+    if x.layout is not torch.strided:
+        return x.dtype, x.device, _exprs(x.shape), x.layout
+    return x.dtype, x.device, _exprs(x.shape), _exprs(x.stride()), _exprs((x.storage_offset(),)), x.is_conj(), x.is_neg()
+
+
+def _exprs(sizes: Sequence[int | torch.SymInt]) -> tuple[object, ...]:
+    return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+
+
+def _same_metadata(a: object, b: object) -> bool:
+    if isinstance(a, torch.Tensor) and isinstance(b, torch.Tensor):
+        return (a.requires_grad, *_metadata(a)) == (b.requires_grad, *_metadata(b))
+    if isinstance(a, torch.SymInt) and isinstance(b, torch.SymInt):
+        return bool(a.node.expr == b.node.expr)
+    return type(a) is type(b) and a == b

@@ -1,0 +1,261 @@
+"""The layers around a softmax, one small function a layer.
+
+`program_of` peels masks off the lifted score until the score arithmetic remains; `descend` goes from the weights through casts,
+dropout and views to the value matmul.  Each step either gives the next layer or raises `Miss` with the node that stopped it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Final
+
+import torch
+from torch import fx
+
+from attnfuse.passes.contraction import Contraction, contraction
+from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
+from attnfuse.passes.index import Digit, Index, Misaligned, regroup, same
+from attnfuse.score import Call, Const, Expr, Program, Tier, Var, call, free_vars
+
+
+class Miss(Exception):
+    """A site that is left alone, with the code of its remark, the node that stopped the match and what else is known."""
+
+    def __init__(self, code: str, node: fx.Node | None = None, why: str = "", **facts: object) -> None:
+        super().__init__(f"{code} at {node}: {why}")
+        self.code = code
+        self.node = node
+        self.facts: dict[str, object] = {**({"why": why} if why else {}), **facts}
+
+
+# The finite fills that are masks: finfo.min of the types that a softmax computes in.  float16's is within the reach of
+# scores of wider types, so it counts only where the scores are float16 themselves.
+_MINIMA: Final = tuple(torch.finfo(t).min for t in (torch.float32, torch.bfloat16, torch.float64))
+
+
+def _fill(expr: Expr, dtype: torch.dtype) -> str:
+    """`-inf` or `min` where the constant is a mask's fill for scores of that type, else an empty string."""
+    if not isinstance(expr, Const) or type(expr.value) is not float:
+        return ""
+    if expr.value == float("-inf"):
+        return "-inf"
+    own = torch.finfo(dtype).min
+    return "min" if expr.value == own or (expr.value in _MINIMA and expr.value >= own) else ""
+
+
+def _is_zero(expr: Expr) -> bool:
+    return isinstance(expr, Const) and type(expr.value) is float and expr.value == 0.0
+
+
+def _added_mask(expr: Expr, dtype: torch.dtype) -> tuple[Expr, str] | None:
+    """(allowed, fill) of an addend that is 0 where allowed and a fill elsewhere."""
+    if not (isinstance(expr, Call) and expr.op == "where") or "s" in free_vars(expr):
+        return None
+    condition, a, b = expr.args
+    if _is_zero(a):
+        if fill := _fill(b, dtype):
+            return condition, fill
+        inner = _added_mask(b, dtype)
+        return (call("or", condition, inner[0]), inner[1]) if inner else None
+    if _is_zero(b):
+        if fill := _fill(a, dtype):
+            return call("not", condition), fill
+        inner = _added_mask(a, dtype)
+        return (call("or", call("not", condition), inner[0]), inner[1]) if inner else None
+    for arm, other, allowed in ((a, b, condition), (b, a, call("not", condition))):
+        fill, inner = _fill(other, dtype), _added_mask(arm, dtype)
+        if fill and inner and inner[1] == fill:
+            return call("and", allowed, inner[0]), fill
+    return None
+
+
+def program_of(expr: Expr, dtype: torch.dtype) -> Program:
+    """The lifted input of the softmax as body and tiers.
+
+    Args:
+        expr: the score in `s`.
+        dtype: the element type of the scores where masks are applied; finfo.min is a mask only for that type or a wider one.
+    """
+    body, tiers = _peeled(expr, dtype)
+    return Program(body, tuple(tiers))
+
+
+def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
+    if isinstance(expr, Call) and expr.op == "add":
+        for rest, addend in (expr.args, expr.args[::-1]):
+            if "s" not in free_vars(rest):
+                continue
+            masks = _mask_sum(addend, dtype)
+            if masks is not None:
+                body, tiers = _peeled(rest, dtype)
+                return body, tiers + [Tier(c, "-inf" if fill == "-inf" else "+min") for c, fill in masks]
+    if isinstance(expr, Call) and expr.op == "where" and "s" not in free_vars(expr.args[0]):
+        condition, a, b = expr.args
+        for kept, filled, allowed in ((a, b, condition), (b, a, call("not", condition))):
+            fill = _fill(filled, dtype)
+            if fill and "s" in free_vars(kept):
+                body, tiers = _peeled(kept, dtype)
+                return body, [*tiers, Tier(allowed, "-inf" if fill == "-inf" else "=min")]
+    return expr, []
+
+
+def _mask_sum(expr: Expr, dtype: torch.dtype) -> list[tuple[Expr, str]] | None:
+    """The masks of an addend that is a sum of nothing but masks."""
+    mask = _added_mask(expr, dtype)
+    if mask is not None:
+        return [mask]
+    if isinstance(expr, Call) and expr.op == "add":
+        parts = [_mask_sum(a, dtype) for a in expr.args]
+        if parts[0] is not None and parts[1] is not None:
+            return parts[0] + parts[1]
+    return None
+
+
+@dataclass
+class Descent:
+    """The way from the weights to the value matmul."""
+
+    node: fx.Node
+    index: tuple[Index, ...]
+    dropout: float = 0.0
+    nodes: list[fx.Node] = field(default_factory=list)
+    seen: list[str] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class Valued:
+    """The value matmul: its operand v and output, each with its index in the site's variables (`e` runs over Dv)."""
+
+    found: Contraction
+    value: fx.Node
+    value_index: tuple[Index, ...]
+    out_index: tuple[Index, ...]
+    summed: Index
+
+
+def only_user(node: fx.Node) -> fx.Node:
+    """The one live user of a node on the way down; raises Miss AF021 naming the second one."""
+    users = [u for u in node.users if u.op == "output" or u.users or _has_effect(u)]
+    if not users:
+        raise Miss("AF028", node, "the weights are not used")
+    if len(users) > 1:
+        wanted = next((u for u in users if contraction(u) is not None), users[0])
+        other = next(u for u in users if u is not wanted)
+        named = "the graph's output" if other.op == "output" else f"`{other.name}`"
+        raise Miss("AF021", other, f"by `{wanted.name}` and by {named}")
+    if users[0].op == "output":
+        raise Miss("AF021", users[0], "by the graph's output")
+    return users[0]
+
+
+def _has_effect(node: fx.Node) -> bool:
+    return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
+
+
+def descend(weights: fx.Node, index: tuple[Index, ...]) -> tuple[Descent, fx.Node]:
+    """Peels casts, dropout and views below the softmax; returns what was passed and the value matmul."""
+    at = Descent(weights, index, nodes=[weights])
+    while True:
+        user = only_user(at.node)
+        if contraction(user) is not None:
+            return at, user
+        layer = _BELOW.get(packet(user))
+        if layer is None:
+            raise Miss("AF023", user, packet(user) or str(user.target))
+        layer(at, user)
+        at.node = user
+        at.nodes.append(user)
+
+
+def _below_cast(at: Descent, user: fx.Node) -> None:
+    if user.args[0] is not at.node:
+        raise Miss("AF023", user, "the weights only lend their type")
+    if not fake(user).dtype.is_floating_point:
+        raise Miss("AF023", user, f"cast to {fake(user).dtype}")
+
+
+def _below_dropout(at: Descent, user: fx.Node) -> None:
+    args = bound(user)
+    if not args["train"] or args["p"] == 0:
+        return
+    p = args["p"].meta.get("val") if isinstance(args["p"], fx.Node) else args["p"]
+    if not isinstance(p, float) or not 0 < p < 1 or at.dropout:
+        raise Miss("AF023", user, f"dropout({p}) that is no constant in (0, 1), or the second one")
+    at.dropout = p
+    at.seen.append(f"dropout {p}")
+
+
+def _below_view(at: Descent, user: fx.Node) -> None:
+    try:
+        at.index = regroup(at.index, shape(user))
+    except Misaligned as error:
+        raise Miss("AF023", user, str(error)) from error
+
+
+def _below_expand(at: Descent, user: fx.Node) -> None:
+    before, after = shape(at.node), shape(user)
+    if len(before) != len(after) or not all(map(same, before, after)):
+        raise Miss("AF023", user, "the weights are expanded")
+
+
+def _below_transpose(at: Descent, user: fx.Node) -> None:
+    rank = len(at.index)
+    args = bound(user)
+    if packet(user) == "permute":
+        order = [d % rank for d in args["dims"]]
+    else:
+        order = list(range(rank))
+        a, b = args["dim0"] % rank, args["dim1"] % rank
+        order[a], order[b] = order[b], order[a]
+    at.index = tuple(at.index[d] for d in order)
+
+
+_BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
+    **dict.fromkeys(("to", "_to_copy", "type_as"), _below_cast),
+    **dict.fromkeys(("contiguous", "clone", "alias"), lambda at, user: None),
+    "dropout": _below_dropout,
+    **dict.fromkeys(
+        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view
+    ),
+    **dict.fromkeys(("expand", "expand_as"), _below_expand),
+    **dict.fromkeys(("transpose", "permute"), _below_transpose),
+}
+
+
+def valued(at: Descent, matmul: fx.Node, keys: Digit | None) -> Valued:
+    """The value matmul as an attention's: it sums over the keys, and its other operand adds one dimension, Dv.
+
+    Args:
+        keys: the digit of the softmax dimension; None where it has size 1.
+    """
+    found = contraction(matmul)
+    assert found is not None
+    if found.added is not None and found.beta != 0:
+        raise Miss("AF023", matmul, "the product is added to something")
+    if found.alpha != 1:
+        raise Miss("AF023", matmul, f"the product is scaled by {found.alpha}")
+    sides = [side for side in found.sides() if side[0] is at.node]
+    if len(sides) != 1:
+        raise Miss("AF021", matmul, "both operands of one product")
+    labels = sides[0][1]
+    value, value_labels = next(side for side in found.sides() if side[0] is not at.node)
+    known: dict[str, Index] = dict(zip(labels, at.index, strict=True))
+    expected: Index = (keys,) if keys is not None else ()
+    if known[found.summed] != expected:
+        raise Miss("AF022", at.nodes[0], f"`{matmul.name}` sums over another dimension")
+    added = [x for x in value_labels if x and x not in labels]
+    if len(added) != 1 or added[0] not in found.out_labels:
+        raise Miss("AF027", matmul, f"v has {len(added)} dimensions of its own, expected one (Dv)")
+    depth = shape(value)[value_labels.index(added[0])]
+    known[added[0]] = () if same(depth, 1) else (Digit(Var("e"), depth),)
+    return Valued(found, value, found.index(value_labels, known), found.index(found.out_labels, known), expected)
+
+
+def score_input(softmax: fx.Node) -> tuple[fx.Node, int]:
+    """The softmax's operand and its dimension, counted from the front."""
+    args: dict[str, Any] = bound(softmax)
+    source = args["self"]
+    if not is_tensor(source):
+        raise Miss("AF020", softmax, "no tensor goes in")
+    return source, args["dim"] % max(len(shape(source)), 1)

@@ -1,0 +1,573 @@
+"""From a softmax (or a scaled_dot_product_attention call) to a `Site`: what the attention means and which nodes hold its operands.
+
+Anchor at the softmax, lift its input to a score program (claiming the score matmul on the way), descend to the value matmul,
+then lay out q, k and v.  A site that is not understood becomes a `missed` remark with the node that stopped it.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import fx
+
+from attnfuse.passes.contraction import Contraction
+from attnfuse.passes.graph import bound, fake, packet, shape
+from attnfuse.passes.index import Digit, Index, Misaligned, Size, index_of, piece, product, same
+from attnfuse.passes.lift import Scope, broadcast, through_view
+from attnfuse.passes.peel import Descent, Miss, Valued, descend, program_of, score_input, valued
+from attnfuse.score import TRUE, Call, Const, Expr, Load, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
+
+FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+_MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+
+
+@dataclass(frozen=True)
+class Operand:
+    """A tensor and what its dimensions are: one Index each, in the site's variables (b, h, m, n, and d or e for the depth)."""
+
+    node: fx.Node
+    index: tuple[Index, ...]
+    read: tuple[fx.Node, ...] = ()
+    """The nodes of the original graph between this tensor and the product: the first of them reads it."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """B, H, M and N of a site, D and Dv, as ints or sympy expressions."""
+
+    B: Size
+    H: Size
+    M: Size
+    N: Size
+    D: Size
+    Dv: Size
+
+
+@dataclass
+class Site:
+    """One attention: its meaning (`program`, `dropout`) over leaves of the scope's table, and where its operands are."""
+
+    scope: Scope
+    anchor: fx.Node
+    out: fx.Node
+    q: Operand
+    k: Operand
+    v: Operand
+    out_index: tuple[Index, ...]
+    sizes: Sizes
+    program: Program
+    dropout: float
+    dtype: torch.dtype
+    nodes: tuple[fx.Node, ...]
+    seen: tuple[str, ...] = ()
+    is_sdpa: bool = False
+    notes: tuple[str, ...] = ()
+
+
+@dataclass
+class _Claim:
+    """The variables of one softmax, and the contraction that was claimed as its score."""
+
+    queries: Index
+    keys: Index
+    found: Contraction | None = None
+    at: tuple[Index, ...] = ()
+
+    def claim(self, found: Contraction, index: Sequence[Index]) -> bool:
+        if self.found is not None:
+            return found.node is self.found.node and tuple(index) == self.at
+        values = dict(zip(found.out_labels, index, strict=True))
+        key_labels = [x for x in found.out_labels if "n" in _variables(values[x])]
+        query_labels = [x for x in found.out_labels if "m" in _variables(values[x])]
+        if self.keys and (len(key_labels) != 1 or values[key_labels[0]] != self.keys):
+            return False
+        if self.queries and (len(query_labels) != 1 or values[query_labels[0]] != self.queries):
+            return False
+        sides = [labels for _, labels in found.sides()]
+        if self.keys and sum(key_labels[0] in labels for labels in sides) != 1:
+            return False
+        if self.queries and sum(query_labels[0] in labels for labels in sides) != 1:
+            return False
+        if self.keys and self.queries and any(key_labels[0] in x and query_labels[0] in x for x in sides):
+            return False
+        self.found, self.at = found, tuple(index)
+        return True
+
+    def state(self) -> Any:
+        return self.found, self.at
+
+    def restore(self, state: Any) -> None:
+        self.found, self.at = state
+
+
+def _variables(index: Index) -> frozenset[str]:
+    return frozenset().union(*(free_vars(digit.expr) for digit in index))
+
+
+@dataclass(frozen=True)
+class _Axes:
+    """The dimensions of the weights as variables: which is n, which is m, and the batch dimensions as digits of b and h."""
+
+    index: tuple[Index, ...]
+    queries: Index
+    keys: Index
+    B: Size
+    H: Size
+
+
+def _axes(sizes: Sequence[Size], n_dim: int, m_dim: int, heads: int | None) -> _Axes:
+    """Names the dimensions: the last batch dimension is h and the ones before it make up b.
+
+    Args:
+        heads: the number of heads that a single flattened batch dimension holds, if that is known.
+    """
+    batch = [d for d in range(len(sizes)) if d not in (n_dim, m_dim)]
+    index: list[Index] = [()] * len(sizes)
+    index[n_dim] = index_of(Var("n"), sizes[n_dim])
+    index[m_dim] = index_of(Var("m"), sizes[m_dim])
+    h_size: Size = 1
+    outer = batch
+    if len(batch) >= 2:
+        h_size, outer = sizes[batch[-1]], batch[:-1]
+        index[batch[-1]] = index_of(Var("h"), h_size)
+    elif len(batch) == 1 and heads:
+        rest = _over(sizes[batch[0]], heads)
+        index[batch[0]] = (*index_of(Var("b"), rest), *index_of(Var("h"), heads))
+        return _Axes(tuple(index), index[m_dim], index[n_dim], rest, heads)
+    stride: Size = 1
+    for at in range(len(outer) - 1, -1, -1):
+        dim, size = outer[at], sizes[outer[at]]
+        if not same(size, 1):
+            if not isinstance(stride, int):
+                raise Miss("AF033", None, "several batch dimensions of symbolic size")
+            expr = call("floordiv", Var("b"), Const(stride))
+            if any(not same(sizes[d], 1) for d in outer[:at]):
+                if not isinstance(size, int):
+                    raise Miss("AF033", None, "several batch dimensions of symbolic size")
+                expr = call("mod", expr, Const(size))
+            index[dim] = (Digit(expr, size),)
+        stride = stride * size
+    return _Axes(tuple(index), index[m_dim], index[n_dim], product([sizes[d] for d in outer]), h_size)
+
+
+def _over(size: Size, heads: int) -> Size:
+    if isinstance(size, int):
+        if size % heads:
+            raise Miss("AF027", None, f"{size} does not hold {heads} heads a batch row")
+        return size // heads
+    quotient = size / heads
+    return int(quotient) if quotient.is_Integer else quotient
+
+
+def anchors(scope: Scope) -> Iterator[fx.Node]:
+    """The nodes at which an attention may sit, in graph order."""
+    for node in scope.module.graph.nodes:
+        if packet(node) in ("softmax", "_softmax", "scaled_dot_product_attention"):
+            yield node
+
+
+def recognise(scope: Scope, anchor: fx.Node) -> Site:
+    """The attention at an anchor; raises Miss."""
+    scope.lifter.unlifted = None
+    if packet(anchor) == "scaled_dot_product_attention":
+        site = _from_sdpa(scope, anchor)
+    else:
+        site = _from_softmax(scope, anchor)
+    _check(site)
+    return site
+
+
+def _from_softmax(scope: Scope, softmax: fx.Node) -> Site:
+    source, n_dim = score_input(softmax)
+    sizes = shape(softmax)
+    if len(sizes) < 2:
+        raise Miss("AF020", softmax, f"a softmax over a tensor of {len(sizes)} dimensions")
+    others = sorted((d for d in range(len(sizes)) if d != n_dim), key=lambda d: (abs(d - n_dim), -d))
+    for m_dim in others:
+        site = _with_queries(scope, softmax, source, n_dim, m_dim, None)
+        if site is not None:
+            break
+    else:
+        stopped = scope.lifter.unlifted
+        below = stopped is not None and any("n" in str(x) for x in (packet(stopped),)) and _leads_from_matmul(stopped)
+        raise Miss("AF024" if below else "AF020", stopped or source, packet(stopped or source))
+    return site
+
+
+def _leads_from_matmul(node: fx.Node, depth: int = 12) -> bool:
+    """Whether a product of tensors stands closely above the node, so that it may well be an attention's score."""
+    from attnfuse.passes.contraction import contraction
+
+    todo = [(node, 0)]
+    while todo:
+        at, far = todo.pop()
+        if contraction(at) is not None:
+            return True
+        if far < depth and isinstance(at.target, torch._ops.OpOverload) and packet(at) not in ("linear", "embedding"):
+            todo.extend((x, far + 1) for x in at.all_input_nodes)
+    return False
+
+
+def _with_queries(
+    scope: Scope, softmax: fx.Node, source: fx.Node, n_dim: int, m_dim: int, heads: int | None
+) -> Site | None:
+    """The site with `m_dim` as its queries, or None if no score matmul has them so."""
+    axes = _axes(shape(softmax), n_dim, m_dim, heads)
+    claim = _Claim(axes.queries, axes.keys)
+    expr = scope.lifter.lift(source, axes.index, claim)
+    if claim.found is None:
+        return None
+    program = program_of(expr, fake(source).dtype)
+    down, matmul = descend(softmax, axes.index)
+    value = valued(down, matmul, axes.keys[0] if axes.keys else None)
+    q, k, depth = _query_and_key(claim)
+    v = Operand(value.value, value.value_index, (value.found.node,))
+    if heads is None and same(axes.H, 1):
+        held = _heads_within((q.index, k.index, v.index), program, scope)
+        if held is not None:
+            return _with_queries(scope, softmax, source, n_dim, m_dim, held)
+    return _assembled(scope, softmax, source, claim, down, value, axes, program, (q, k, v), depth)
+
+
+def _assembled(
+    scope: Scope,
+    softmax: fx.Node,
+    source: fx.Node,
+    claim: _Claim,
+    down: Descent,
+    value: Valued,
+    axes: _Axes,
+    program: Program,
+    operands: tuple[Operand, Operand, Operand],
+    depth: Size,
+) -> Site:
+    found = claim.found
+    assert found is not None
+    n_size: Size = axes.keys[0].size if axes.keys else 1
+    m_size: Size = axes.queries[0].size if axes.queries else 1
+    value_depth = product([d.size for dim in value.out_index for d in dim if d.expr == Var("e")])
+    sizes = Sizes(axes.B, axes.H, m_size, n_size, depth, value_depth)
+    chain = _between(found.node, source)
+    for node in (*chain, found.node):
+        _only_inside(node, {*chain, softmax, found.node})
+    q, k, v = (_shallowest(op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
+    seen = ("q@k.T", *_score_layers(program), "softmax", *down.seen, "@v")
+    return Site(
+        scope,
+        softmax,
+        value.found.node,
+        q,
+        k,
+        v,
+        value.out_index,
+        sizes,
+        program,
+        down.dropout,
+        fake(found.node).dtype,
+        (found.node, *chain, *down.nodes, value.found.node),
+        seen,
+    )
+
+
+def _score_layers(program: Program) -> tuple[str, ...]:
+    body = str(program.body)
+    layers = [] if program.body == S else [body if len(body) <= 60 else f"{body[:57]}..."]
+    return (*layers, *(f"mask {tier.fill}" for tier in program.tiers))
+
+
+def _between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that lie on a path from `first` to `last`, `last` included, `first` not."""
+    reached: set[fx.Node] = set()
+    todo = [last]
+    visited = set()
+    above: dict[fx.Node, set[fx.Node]] = {}
+    while todo:
+        node = todo.pop()
+        if node in visited or node is first:
+            continue
+        visited.add(node)
+        for x in node.all_input_nodes:
+            above.setdefault(x, set()).add(node)
+            todo.append(x)
+    todo = list(above.get(first, ()))
+    while todo:
+        node = todo.pop()
+        if node not in reached:
+            reached.add(node)
+            todo.extend(above.get(node, ()))
+    return tuple(reached)
+
+
+def _only_inside(node: fx.Node, inside: set[fx.Node]) -> None:
+    """Raises Miss AF025 if a score is read by anything outside the site."""
+    for user in node.users:
+        dead = user.op != "output" and not user.users and packet(user) and not user.target._schema.is_mutable  # type: ignore[union-attr]
+        if user not in inside and not dead:
+            named = "the graph's output" if user.op == "output" else f"`{user.name}`"
+            raise Miss("AF025", node, f"by {named}")
+
+
+def _query_and_key(claim: _Claim) -> tuple[Operand, Operand, Size]:
+    """q and k of the claimed product, with d as the summed dimension."""
+    found = claim.found
+    assert found is not None
+    values = dict(zip(found.out_labels, claim.at, strict=True))
+    (lhs, lhs_labels), (rhs, rhs_labels) = found.sides()
+    depth = shape(lhs)[lhs_labels.index(found.summed)]
+    values[found.summed] = index_of(Var("d"), depth)
+    key_side = next((labels for labels in (rhs_labels, lhs_labels) if any("n" in _variables(values[x]) for x in labels if x)), None)
+    if key_side is None:
+        # one key only: the side with the queries is q; with one query too, the left one
+        query_side = next((x for x in (lhs_labels, rhs_labels) if any("m" in _variables(values[y]) for y in x if y)), lhs_labels)
+        key_side = rhs_labels if query_side is lhs_labels else lhs_labels
+    left = Operand(lhs, found.index(lhs_labels, values), (found.node,))
+    right = Operand(rhs, found.index(rhs_labels, values), (found.node,))
+    return (right, left, depth) if key_side is lhs_labels else (left, right, depth)
+
+
+def _heads_within(indices: Sequence[Sequence[Index]], program: Program, scope: Scope) -> int | None:
+    """How many heads a flattened batch dimension holds, read off the way it is split behind q, k, v or in the mask."""
+    exprs: list[Expr] = [digit.expr for index in indices for dim in index for digit in dim]
+    exprs += [e for top in program.expressions() for e in walk(top)]
+    strides = {
+        int(e.args[1].value)
+        for e in exprs
+        if isinstance(e, Call) and e.op == "floordiv" and e.args[0] == Var("b") and isinstance(e.args[1], Const)
+    }
+    return max(strides, default=None)
+
+
+def _shallowest(operand: Operand, sizes: Sizes, role: str) -> Operand:
+    """The operand itself, or what stands behind its views if that is smaller: `repeat_kv` and expands are never computed."""
+    best = operand
+    at = operand
+    size = product(shape(operand.node))
+    while True:
+        step = through_view(at.node, at.index)
+        if step is None:
+            break
+        at = Operand(step[0], step[1], (*at.read, at.node))
+        if layout(at, sizes, role) is not None and _smaller(product(shape(at.node)), size):
+            best, size = at, product(shape(at.node))
+    if layout(best, sizes, role) is None:
+        raise Miss("AF027", operand.node, f"{role} has no layout [batch, heads, rows, depth]")
+    return best
+
+
+def _smaller(a: Size, b: Size) -> bool:
+    if isinstance(a, int) and isinstance(b, int):
+        return a < b
+    ratio = b / a
+    return bool(getattr(ratio, "is_Integer", False) and ratio > 1)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a tensor becomes [B, heads, rows, depth]: split dimensions, permute, join.
+
+    Attributes:
+        split: for each dimension the sizes of its digits.
+        order: the digits in the order batch, heads, rows, depth.
+        groups: how many digits each of these four has (0: absent, of size 1 or broadcast).
+        heads: the number of heads (Hkv for k and v).
+    """
+
+    split: tuple[tuple[Size, ...], ...]
+    order: tuple[int, ...]
+    groups: tuple[int, int, int, int]
+    heads: Size
+
+
+def layout(operand: Operand, sizes: Sizes, role: str) -> Layout | None:
+    """The layout of q, k or v, or None if its dimensions are no whole batch, heads, rows and depth."""
+    rows = "m" if role == "q" else "n"
+    depth = "e" if role == "v" else "d"
+    extent = {"b": sizes.B, "h": sizes.H, "m": sizes.M, "n": sizes.N, "d": sizes.D, "e": sizes.Dv}
+    digits: list[tuple[str, int, Size]] = []
+    for dim in operand.index:
+        for digit in dim:
+            part = piece(digit)
+            if part is None:
+                return None
+            digits.append((part.var, part.stride, part.size))
+    order: list[int] = []
+    groups = []
+    heads: Size = 1
+    for var in ("b", "h", rows, depth):
+        mine = sorted((at for at, d in enumerate(digits) if d[0] == var), key=lambda at: -digits[at][1])
+        whole = _tiled([digits[at] for at in mine], extent[var], grouped=var == "h" and role != "q")
+        if whole is None or (not mine and var in (rows, depth) and not same(extent[var], 1)):
+            return None
+        if var == "h":
+            heads = whole
+        order.extend(mine)
+        groups.append(len(mine))
+    if len(order) != len(digits):
+        return None
+    split = tuple(tuple(digit.size for digit in dim) for dim in operand.index)
+    return Layout(split, tuple(order), (groups[0], groups[1], groups[2], groups[3]), heads)
+
+
+def _tiled(digits: Sequence[tuple[str, int, Size]], extent: Size, grouped: bool) -> Size | None:
+    """The number of values that digits of one variable take together, if they make up all of it.
+
+    Args:
+        grouped: the least significant part may be missing (query heads that share a KV head).
+    """
+    if not digits:
+        return 1
+    stride: Size = 1
+    if grouped:
+        stride = digits[-1][1]
+    total: Size = 1
+    for _, at, size in reversed(digits):
+        if not same(at, stride):
+            return None
+        stride, total = stride * size, total * size
+    return total if same(stride, extent) else None
+
+
+def _from_sdpa(scope: Scope, node: fx.Node) -> Site:
+    args = bound(node)
+    q, k, v, mask = args["query"], args["key"], args["value"], args["attn_mask"]
+    out = shape(node)
+    rank = len(out)
+    if rank < 3:
+        raise Miss("AF020", node, f"a call on tensors of {rank} dimensions")
+    weights = (*out[:-1], shape(k)[-2])
+    axes = _axes(weights, rank - 1, rank - 2, None)
+    batch = axes.index[:-2]
+    depth = shape(q)[-1]
+    if not isinstance(depth, int):
+        raise Miss("AF033", node, f"a head dimension of symbolic size {depth}")
+    scale = args["scale"]
+    scale = 1 / math.sqrt(depth) if scale is None else scale
+    body = call("mul", S, scope.lifter.scalar(float(scale) if isinstance(scale, int | float) else scale))
+    program = _sdpa_program(scope, body, mask, axes, args["is_causal"], fake(node).dtype)
+    p = args["dropout_p"]
+    p = p.meta.get("val") if isinstance(p, fx.Node) else p
+    if not isinstance(p, float | int) or not 0 <= p < 1:
+        raise Miss("AF024", node, f"dropout_p={p} is no constant in [0, 1)")
+    sizes = Sizes(axes.B, axes.H, out[-2], weights[-1], depth, out[-1])
+    q_index = (*batch, axes.queries, index_of(Var("d"), depth))
+    key_batch = batch
+    if args["enable_gqa"]:
+        key_batch = (*batch[:-1], _grouped(batch[-1], shape(k)[-3], axes.H, node))
+        if not same(shape(k)[-3], shape(v)[-3]):
+            raise Miss("AF027", node, "k and v have different numbers of heads")
+    k_index = (*key_batch, axes.keys, index_of(Var("d"), depth))
+    v_index = (*key_batch, axes.keys, index_of(Var("e"), out[-1]))
+    operands = [
+        _shallowest(Operand(x, broadcast(x, index), (node,)), sizes, role)
+        for x, index, role in ((q, q_index, "q"), (k, k_index, "k"), (v, v_index, "v"))
+    ]
+    seen = (
+        "scaled_dot_product_attention",
+        *(("is_causal",) if args["is_causal"] else ()),
+        *((f"mask {fake(mask).dtype}".replace("torch.", ""),) if mask is not None else ()),
+    )
+    out_index = (*batch, axes.queries, index_of(Var("e"), out[-1]))
+    return Site(
+        scope,
+        node,
+        node,
+        operands[0],
+        operands[1],
+        operands[2],
+        out_index,
+        sizes,
+        program,
+        float(p),
+        fake(node).dtype,
+        (node,),
+        seen,
+        is_sdpa=True,
+    )
+
+
+def _grouped(heads: Index, kv_heads: Size, size: Size, node: fx.Node) -> Index:
+    if not isinstance(size, int) or not isinstance(kv_heads, int) or size % kv_heads:
+        raise Miss("AF027", node, f"{size} query heads do not share {kv_heads} KV heads evenly")
+    return index_of(call("floordiv", heads[0].expr, Const(size // kv_heads)), kv_heads) if heads else ()
+
+
+def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool, dtype: torch.dtype) -> Program:
+    """SDPA's softmax is safe: a row in which every score is -inf gives zeros, whatever excluded its keys."""
+    tiers = [Tier(call("le", Var("n"), Var("m")), "0row")] if causal else []
+    if mask is None:
+        return Program(body, tuple(tiers))
+    element = scope.lifter.lift(mask, broadcast(mask, axes.index))
+    if fake(mask).dtype == torch.bool:
+        return Program(body, (*tiers, *(() if element == TRUE else (Tier(element, "0row"),))))
+    if fake(mask).dtype != dtype:
+        raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
+    program = program_of(call("add", body, element), dtype)
+    tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
+    for load in loads(program.body):
+        if load.leaf in {x.leaf for x in loads(element)}:
+            # a dense mask may itself hold -inf
+            tiers.append(Tier(call("gt", load, Const(float("-inf"))), "0row"))
+    return Program(program.body, tuple(tiers))
+
+
+def _check(site: Site) -> None:
+    """What has to hold for every site before it is rewritten; raises Miss."""
+    for operand, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")):
+        if fake(operand.node).dtype not in FLOATS:
+            raise Miss("AF029", operand.node, f"{role} is {fake(operand.node).dtype}")
+    if len({fake(x.node).device for x in (site.q, site.k, site.v)}) != 1:
+        raise Miss("AF027", site.out, "q, k and v are on different devices")
+    for size in (site.sizes.B, site.sizes.H, site.sizes.M, site.sizes.N, site.sizes.D, site.sizes.Dv):
+        if same(size, 0):
+            raise Miss("AF033", site.out, "an empty dimension")
+    for role, depth in (("D", site.sizes.D), ("Dv", site.sizes.Dv)):
+        if not isinstance(depth, int):
+            raise Miss("AF033", site.out, f"{role} is the symbol {depth}")
+    position = site.scope.storage.position
+    first = min(position[x] for x in site.nodes)
+    last = position[site.out]
+    for node, at in position.items():
+        if first < at < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+            raise Miss("AF034", node, str(getattr(node.target, "__name__", "")))
+    _check_writes(site, last)
+
+
+def _check_writes(site: Site, last: int) -> None:
+    """Raises Miss AF026 if an operand is written between its first read in the original graph and the op's place."""
+    storage = site.scope.storage
+    for operand in (site.q, site.k, site.v):
+        first = min(storage.position[x] for x in operand.read)
+        late = [w for w in storage.writes(operand.node) if first < w < last]
+        if late:
+            written = next(n for n, at in storage.position.items() if at == late[0])
+            raise Miss("AF026", written, f"writes to `{operand.node.name}`")
+    for expr in site.program.expressions():
+        for load in loads(expr):
+            source = site.scope.table.leaves[load.leaf]
+            inner = source.scope.storage
+            readers = [inner.position[u] for u in source.node.users]
+            end = last if source.scope is site.scope else max(readers, default=0)
+            late = [w for w in inner.writes(source.node) if min(readers, default=0) < w < end]
+            if late:
+                written = next(n for n, at in inner.position.items() if at == late[0])
+                raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
+
+
+def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
+    """The program with leaves and symbols under other names."""
+
+    def swap(expr: Expr) -> Expr:
+        swapped = substitute(expr, names)
+        if isinstance(swapped, Load):
+            return swapped
+        return swapped
+
+    tiers = tuple(replace(t, allowed=swap(t.allowed)) for t in program.tiers)
+    return Program(swap(program.body), tiers, None if program.sink is None else swap(program.sink))
+
+
+__all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed"]

@@ -1,0 +1,332 @@
+"""Putting the operator in: a `Site` becomes `attnfuse::attention`, or a plain scaled_dot_product_attention where that is
+provably the same for all sizes and the better choice.
+
+The new nodes stand right before the value matmul.  The output has the strides of the node that it replaces, unless the next
+operation makes a contiguous copy anyway.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from attnfuse import ops
+from attnfuse.passes.graph import SHORT_DTYPES, aten, fake, packet, shape
+from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
+from attnfuse.passes.lift import LeafSource, Scope, _permuted
+from attnfuse.passes.peel import Miss
+from attnfuse.passes.recognise import Layout, Operand, Site, layout
+from attnfuse.passes.spell import Meaning, hint
+from attnfuse.score import Var
+from attnfuse.templates.library import Call
+
+_AXES: Final = ("b", "h", "m", "e")
+
+
+class Emitter:
+    """Writes nodes before a given one, with fake values and the source position of the attention."""
+
+    def __init__(self, site: Site) -> None:
+        self.graph = site.scope.module.graph
+        self.site = site
+        mode = fake(site.out).fake_mode  # type: ignore[attr-defined]
+        assert isinstance(mode, FakeTensorMode)
+        self.mode = mode
+
+    def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.create_node("call_function", target, args, kwargs)
+        values = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
+        with self.mode, torch.no_grad(), _no_autocast():
+            node.meta["val"] = target(*values[0], **values[1])
+        for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "seq_nr"):
+            if key in self.site.out.meta:
+                node.meta[key] = self.site.out.meta[key]
+        return node
+
+
+def _no_autocast() -> torch._C._DisableAutocast:
+    return torch._C._DisableAutocast()
+
+
+def insert(site: Site, what: Meaning, library: Call | None) -> fx.Node:
+    """Writes the new nodes and makes the users of the old output read the new one.
+
+    Args:
+        library: the scaled_dot_product_attention call to emit instead of the operator.
+
+    Raises:
+        Miss: AF032 if the strides of the output cannot be kept, AF027 if K and V differ in heads.
+    """
+    graph = site.scope.module.graph
+    before = {id(n) for n in graph.nodes}
+    with graph.inserting_before(site.out):
+        emit = Emitter(site)
+        try:
+            new = _emit(emit, site, what, library)
+        except Exception:
+            for node in reversed([n for n in graph.nodes if id(n) not in before]):
+                graph.erase_node(node)
+            raise
+    new.meta = {**site.out.meta, "val": new.meta["val"]}
+    site.out.replace_all_uses_with(new)
+    _erase(graph, (*site.nodes, site.q.node, site.k.node, site.v.node, *_inputs(site)))
+    return new
+
+
+def _inputs(site: Site) -> Iterable[fx.Node]:
+    for node in site.nodes:
+        yield from node.all_input_nodes
+
+
+def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.Node:
+    q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
+    kv_heads = {shape(k)[1], shape(v)[1]}
+    if len(kv_heads) != 1:
+        raise Miss("AF027", site.out, f"k has {shape(k)[1]} heads and v has {shape(v)[1]}")
+    q, k, v = (_cast(emit, x, dtype) for x, dtype in ((q, site.dtype), (k, site.dtype), (v, fake(site.out).dtype)))
+    order = _out_order(site)
+    free = _is_made_contiguous(site.out)
+    if library is not None:
+        grouped = not same(shape(q)[1], shape(k)[1])
+        out = emit(
+            aten.scaled_dot_product_attention.default,
+            q,
+            k,
+            v,
+            None,
+            site.dropout,
+            library.is_causal,
+            scale=library.scale,
+            enable_gqa=grouped,
+        )
+        placed = _placed(emit, out, site)
+        if not _same_strides(placed, site.out) and not free:
+            placed = emit(aten.clone.default, placed, memory_format=torch.contiguous_format)
+    else:
+        leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
+        sizes = [_number(expr, scope, node, site.scope) for expr, scope, node in what.sizes]
+        seed = None
+        if site.dropout:
+            seed = emit(aten.randint.low, -(2**62), 2**62, [1], dtype=torch.int64, device=fake(q).device)
+        if free:
+            order = free
+        pair = emit(
+            torch.ops.attnfuse.attention.default, q, k, v, leaves, sizes, seed, str(what.spec), list(order), ops.ABI
+        )
+        out = emit(_getitem, pair, 0)
+        placed = _placed(emit, out, site)
+    if not free and not _same_strides(placed, site.out):
+        raise Miss("AF032", site.out, f"strides {tuple(fake(site.out).stride())}")
+    if fake(placed).dtype != fake(site.out).dtype or not all(map(same, shape(placed), shape(site.out))):
+        raise AssertionError(f"the replacement is {fake(placed)}, the original {fake(site.out)}")
+    return placed
+
+
+def _getitem(pair: Any, at: int) -> Any:
+    return pair[at]
+
+
+def _cast(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
+    return node if fake(node).dtype == dtype else emit(aten.to.dtype, node, dtype)
+
+
+def _fx_sizes(sizes: Sequence[Size]) -> list[int]:
+    """Sizes as arguments of a split: at most one of them is symbolic and is written as -1."""
+    out = [size if isinstance(size, int) else -1 for size in sizes]
+    if out.count(-1) > 1:
+        raise Miss("AF033", None, f"a dimension splits into the symbols {', '.join(map(str, sizes))}")
+    return out
+
+
+def _arranged(emit: Emitter, operand: Operand, site: Site, role: str) -> fx.Node:
+    """The operand as [B, heads, rows, depth]."""
+    form = layout(operand, site.sizes, role)
+    assert form is not None
+    node = operand.node
+    for dim in range(len(form.split) - 1, -1, -1):
+        digits = form.split[dim]
+        if not digits:
+            node = emit(aten.squeeze.dim, node, dim)
+        elif len(digits) > 1:
+            node = emit(aten.unflatten.int, node, dim, _fx_sizes(digits))
+    if list(form.order) != sorted(form.order):
+        node = emit(aten.permute.default, node, list(form.order))
+    node = _grouped(emit, node, form.groups)
+    return _expanded(emit, node, form, site, role)
+
+
+def _grouped(emit: Emitter, node: fx.Node, groups: Sequence[int]) -> fx.Node:
+    """Neighbouring dimensions joined: `groups[i]` of them make up dimension i; none makes a dimension of size 1."""
+    at = sum(groups)
+    for count in reversed(groups):
+        at -= count
+        if count == 0:
+            node = emit(aten.unsqueeze.default, node, at)
+        elif count > 1:
+            node = emit(aten.flatten.using_ints, node, at, at + count - 1)
+    return node
+
+
+def _expanded(emit: Emitter, node: fx.Node, form: Layout, site: Site, role: str) -> fx.Node:
+    batch, heads = form.groups[0], form.groups[1]
+    want: list[Any] = [-1, -1, -1, -1]
+    if batch == 0 and not same(site.sizes.B, 1):
+        want[0] = site.sizes.B
+    if role == "q" and heads == 0 and not same(site.sizes.H, 1):
+        want[1] = site.sizes.H
+    if want == [-1] * 4:
+        return node
+    if not all(isinstance(x, int) for x in want):
+        raise Miss("AF033", operand_of(site, role).node, f"{role} is broadcast over a symbolic size")
+    return emit(aten.expand.default, node, want)
+
+
+def operand_of(site: Site, role: str) -> Operand:
+    """q, k or v by name."""
+    return {"q": site.q, "k": site.k, "v": site.v}[role]
+
+
+def _out_digits(site: Site) -> tuple[dict[str, list[Digit]], list[tuple[str, int]]]:
+    """For b, h, m and e their digits in the output, most significant first; and for each digit of the output in order, which
+    digit of which variable it is."""
+    found: dict[str, list[tuple[int, Digit, int]]] = {x: [] for x in _AXES}
+    flat = [digit for dim in site.out_index for digit in dim]
+    for at, digit in enumerate(flat):
+        part = piece(digit)
+        if part is None or part.var not in found:
+            raise Miss("AF027", site.out, f"the output has a dimension {digit.expr}")
+        found[part.var].append((part.stride, digit, at))
+    place: dict[int, tuple[str, int]] = {}
+    for var, parts in found.items():
+        parts.sort(key=lambda x: -x[0])
+        for rank, (_, _, at) in enumerate(parts):
+            place[at] = (var, rank)
+    return {v: [d for _, d, _ in parts] for v, parts in found.items()}, [place[at] for at in range(len(flat))]
+
+
+def _placed(emit: Emitter, out: fx.Node, site: Site) -> fx.Node:
+    """The operator's [B, H, M, Dv] with the dimensions of the original output."""
+    digits, order = _out_digits(site)
+    node = out
+    for dim in range(3, -1, -1):
+        parts = digits[_AXES[dim]]
+        if not parts:
+            node = emit(aten.squeeze.dim, node, dim)
+        elif len(parts) > 1:
+            node = emit(aten.unflatten.int, node, dim, _fx_sizes([d.size for d in parts]))
+    start = {}
+    at = 0
+    for var in _AXES:
+        start[var] = at
+        at += len(digits[var])
+    permutation = [start[var] + rank for var, rank in order]
+    if permutation != sorted(permutation):
+        node = emit(aten.permute.default, node, permutation)
+    return _grouped(emit, node, [len(dim) for dim in site.out_index])
+
+
+def _out_order(site: Site) -> tuple[int, ...]:
+    """The memory order of b, h, m, e (slowest first) that the original output has."""
+    strides = sizes_of(fake(site.out).stride())
+    hints = [hint(s, site.out) for s in strides]
+    step = dict.fromkeys(_AXES, -1)
+    for dim, index in enumerate(site.out_index):
+        for digit in index:
+            part = piece(digit)
+            if part is not None:
+                step[part.var] = max(step[part.var], hints[dim])
+    present = sorted((x for x in _AXES if step[x] >= 0), key=lambda x: (-step[x], _AXES.index(x)))
+    order = [x for x in _AXES if step[x] < 0] + present
+    return tuple(_AXES.index(x) for x in order)
+
+
+def _same_strides(new: fx.Node, old: fx.Node) -> bool:
+    pairs = zip(sizes_of(fake(new).stride()), sizes_of(fake(old).stride()), shape(old), strict=True)
+    return all(same(size, 1) or same(a, b) for a, b, size in pairs)
+
+
+def _is_made_contiguous(node: fx.Node) -> tuple[int, ...] | None:
+    """The op's memory order that saves a copy, if the output is only transposed and then made contiguous or reshaped.
+
+    That holds for a 4-D output [B, H, M, Dv] whose one user is a permutation and whose users in turn all give a
+    contiguous tensor whatever they read, none of them the graph's output itself.
+    """
+    users = list(node.users)
+    if len(users) != 1 or packet(users[0]) not in ("transpose", "permute") or len(shape(node)) != 4:
+        return None
+    moved = users[0]
+    for user in moved.users:
+        contiguous = packet(user) == "contiguous" or (
+            packet(user) == "clone" and user.kwargs.get("memory_format") == torch.contiguous_format
+        )
+        joins = packet(user) in ("reshape", "flatten") and not _same_strides_as_contiguous(moved)
+        if not (contiguous or joins) or any(x.op == "output" for x in user.users):
+            return None
+    if not moved.users:
+        return None
+    names: tuple[Index, ...] = tuple((Digit(Var(str(d)), 2),) for d in range(4))
+    # _permuted maps an index of the permuted tensor to one of its source; the inverse is the order of its dimensions
+    from attnfuse.passes.graph import bound
+
+    source = _permuted(packet(moved), bound(moved), names, 4)
+    order = [0] * 4
+    for dim, index in enumerate(source):
+        order[int(str(index[0].expr))] = dim
+    return tuple(order)
+
+
+def _same_strides_as_contiguous(node: fx.Node) -> bool:
+    step: Size = 1
+    for size, stride in zip(reversed(shape(node)), reversed(sizes_of(fake(node).stride())), strict=True):
+        if not same(size, 1) and not same(stride, step):
+            return False
+        step = step * size
+    return True
+
+
+def _leaf(emit: Emitter, source: LeafSource, scope: Scope) -> fx.Node:
+    """The leaf's tensor in this scope, its dimensions of size 1 dropped."""
+    node = source.node if source.scope is scope else scope.imported(source.scope, source.node)
+    kept = set(source.dims)
+    for dim in range(len(shape(source.node)) - 1, -1, -1):
+        if dim not in kept:
+            node = emit(aten.squeeze.dim, node, dim)
+    return node
+
+
+def _number(expr: Any, scope: Scope, node: fx.Node, here: Scope) -> fx.Node:
+    return node if scope is here else here.imported(scope, node)
+
+
+def _erase(graph: fx.Graph, start: Iterable[fx.Node]) -> None:
+    """Erases the nodes of the old attention that nothing reads any more, and what only they read."""
+    todo = list(start)
+    while todo:
+        node = todo.pop()
+        if node._erased or node.users or node.op != "call_function" or node.graph is not graph:
+            continue
+        target = node.target
+        pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        if not pure and getattr(target, "__name__", "") != "getitem":
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        todo.extend(inputs)
+
+
+def prune_operands(scope: Scope) -> None:
+    """Operands of a checkpoint that its body no longer reads are no longer passed, nor computed."""
+    if scope.call is None or scope.outer is None:
+        return
+    inputs = [n for n in scope.module.graph.nodes if n.op == "placeholder"]
+    pairs = list(zip(inputs, scope.call.args[1:], strict=True))
+    scope.call.args = (scope.call.args[0], *(operand for placeholder, operand in pairs if placeholder.users))
+    for placeholder, _ in pairs:
+        if not placeholder.users:
+            scope.module.graph.erase_node(placeholder)
+    _erase(scope.outer.module.graph, [x for _, x in pairs if isinstance(x, fx.Node)])
