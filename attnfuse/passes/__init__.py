@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
@@ -20,11 +20,12 @@ from attnfuse.options import Options
 from attnfuse.passes.decide import decide
 from attnfuse.passes.dump import dump
 from attnfuse.passes.graph import module_path, source_line
-from attnfuse.passes.lift import Scope, Table
-from attnfuse.passes.normalise import INLINED_BODIES, NormaliseError, normalise
+from attnfuse.passes.lift import Scope, graphs, scopes
+from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
 from attnfuse.passes.rewrite import insert, prune_operands
+from attnfuse.passes.settle import settle
 from attnfuse.remark import Remark, Report
 
 T = TypeVar("T")
@@ -71,12 +72,14 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
 def normalised(work: Work) -> None:
     """One spelling for each operation."""
     work.graph = normalise(work.original)
+    for module in graphs(work.graph):
+        settle(module.graph)
 
 
 def recognised(work: Work) -> None:
     """A site or a remark for each anchor, in the graph and in the bodies of its checkpoints."""
     assert work.graph is not None
-    for scope in _scopes(work.graph, Table()):
+    for scope in scopes(work.graph):
         work.scopes.append(scope)
         for anchor in anchors(scope):
             work.found.append((anchor, _guarded(work, anchor, lambda s=scope, a=anchor: recognise(s, a))))  # type: ignore[misc]
@@ -105,20 +108,6 @@ def _rewrite(work: Work, site: Site) -> Remark:
     insert(site, chosen.meaning, chosen.library)
     work.fused += 1
     return chosen.remark
-
-
-def _scopes(graph: fx.GraphModule, table: Table, outer: Scope | None = None, call: fx.Node | None = None) -> Iterator[Scope]:
-    bindings = {}
-    if call is not None:
-        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        bindings = {p: a for p, a in zip(inputs, call.args[1:], strict=True) if isinstance(a, fx.Node)}
-    scope = Scope(graph, table, outer, bindings, call)
-    yield scope
-    bodies = [n for n in graph.graph.nodes if n.op == "call_function" and str(n.target) in INLINED_BODIES]
-    names = [str(n.args[0].target) for n in bodies if isinstance(n.args[0], fx.Node)]
-    for node, name in zip(bodies, names, strict=True):
-        if names.count(name) == 1 and not node.kwargs.get("flat"):
-            yield from _scopes(getattr(graph, name), table, scope, node)
 
 
 def _guarded(work: Work, anchor: fx.Node, step: Callable[[], T]) -> T | Remark:

@@ -67,7 +67,14 @@ def _product(node: fx.Node, lhs: fx.Node, rhs: fx.Node, **extra: Any) -> Contrac
         return (*names, *last)
 
     return Contraction(
-        node, lhs, rhs, labels(left, ("row", "sum")), labels(right, ("sum", "column")), (*batch, "row", "column"), "sum", **extra
+        node,
+        lhs,
+        rhs,
+        labels(left, ("row", "sum")),
+        labels(right, ("sum", "column")),
+        (*batch, "row", "column"),
+        "sum",
+        **extra,
     )
 
 

@@ -7,11 +7,9 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, packet, source_line
-from attnfuse.passes.index import same
+from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, source_line
 from attnfuse.passes.lift import LeafSource
-from attnfuse.passes.peel import Miss
-from attnfuse.passes.recognise import Site, layout
+from attnfuse.passes.recognise import Site
 from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
 from attnfuse.score import loads
@@ -85,14 +83,3 @@ def _notes(site: Site, what: Meaning) -> tuple[str, ...]:
     if needs_every_key(what.spec.program) and not never_empty(bounds(what.spec)):
         notes.append("AF052")
     return tuple(notes)
-
-
-def check_heads(site: Site) -> None:
-    """Raises Miss AF027 where K and V do not have the same number of heads."""
-    k, v = layout(site.k, site.sizes, "k"), layout(site.v, site.sizes, "v")
-    assert k is not None and v is not None
-    if not same(k.heads, v.heads):
-        raise Miss("AF027", site.out, f"k has {k.heads} heads and v has {v.heads}")
-
-
-__all__ = ["Replacement", "check_heads", "decide", "packet"]

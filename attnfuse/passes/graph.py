@@ -91,6 +91,16 @@ class Storage:
         """Positions of all writes to the node's storage."""
         return self._writes.get(self._root[node], [])
 
+    def renew(self, written: fx.Node, new: fx.Node) -> None:
+        """Records that `new` took the place of a write: a storage of its own, which later members of the old one now share."""
+        root, at = self._root[written], self.position[written]
+        later = [m for m in self.members[root] if self.position[m] > at]
+        self.members[root] = [m for m in self.members[root] if self.position[m] < at]
+        self.members[new] = [new, *later]
+        self.position[new] = at
+        for member in self.members[new]:
+            self._root[member] = new
+
     def _find(self, node: fx.Node, at: int) -> fx.Node:
         if node.op != "call_function":
             return node

@@ -20,7 +20,11 @@ from attnfuse.score import Call, Const, Expr, Var, call
 Size = int | sympy.Expr
 
 
-class Misaligned(Exception):
+class Unliftable(Exception):
+    """An operator, or a use of it, that has no exact expression."""
+
+
+class Misaligned(Unliftable):
     """A reshape whose groups of dimensions do not line up with the digits at hand."""
 
 

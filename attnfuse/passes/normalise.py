@@ -51,11 +51,24 @@ _ATTRIBUTES: Final = ("_param_name_to_source", "_source_to_user_stacks", "_backe
 
 _STORAGE_WRITES: Final = frozenset({"set_", "resize_", "resize_as_", "resize_storage_bytes_"})
 _METADATA_WRITES: Final = frozenset(
-    {"as_strided_", "detach_", "rename_", "requires_grad_", "squeeze_", "swapaxes_", "swapdims_", "t_", "transpose_", "unsqueeze_"}
+    {
+        "as_strided_",
+        "detach_",
+        "rename_",
+        "requires_grad_",
+        "squeeze_",
+        "swapaxes_",
+        "swapdims_",
+        "t_",
+        "transpose_",
+        "unsqueeze_",
+    }
 )
 # Calls that may leave no node: a check that holds for all sizes, an entry in a log.
 _SILENT: Final = ("_log_api_usage_once", "_check", "_assert")
 
+# Dynamo leaves comparisons of sizes behind whose results nothing reads.
+_PURE: Final = frozenset({"eq", "ne", "lt", "le", "gt", "ge"})
 _PLAIN: Final = (
     bool,
     int,
@@ -136,7 +149,7 @@ class _Step:
 class _Call:
     """The nodes that a call became: operator, arguments, keyword arguments, value; the last is the result, if there is one."""
 
-    nodes: tuple[tuple[OpOverload, Any, Any, object], ...]
+    nodes: tuple[tuple[Any, Any, Any, object], ...]
     result: _Operand | _Step
     metadata: tuple[object, ...]
 
@@ -173,7 +186,9 @@ class _Retrace:
             traceback.preserve_node_meta(),
             _use_lazy_graph_module(True),
         ):
-            new = proxy_tensor.make_fx(replay.run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(*values)
+            new = proxy_tensor.make_fx(replay.run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
+                *values
+            )
         _carry_over(gm, new)
         _write_constants(new, own=set(replay.attributes))
         for body in replay.bodies:
@@ -229,6 +244,8 @@ class _Replay(fx.Interpreter):
         with torch._C.DisableTorchFunction():
             if n.target is operator.getitem and isinstance(args[0], tuple | list):
                 return args[0][args[1]]
+            if not n.users and _name(n) in _PURE and not any(isinstance(x, torch.Tensor) for x in args):
+                return None
             if n.target == "size" and isinstance(args[0], torch.Tensor):
                 return args[0].size(*args[1:], **kwargs)
             if n.target == "item" and isinstance(_recorded(n), Sym) and "unbacked_bindings" not in n.meta:
@@ -250,7 +267,9 @@ class _Replay(fx.Interpreter):
         with torch._C.DisableTorchFunction():
             self._check(n, result, written)
             if key is not None:
-                places |= {self._node_of(x): _Operand(i) for i, x in enumerate(operands) if not isinstance(x, torch.Tensor)}
+                places |= {
+                    self._node_of(x): _Operand(i) for i, x in enumerate(operands) if not isinstance(x, torch.Tensor)
+                }
                 self._learn(key, written, places, operands, result)
         return result
 
@@ -269,8 +288,12 @@ class _Replay(fx.Interpreter):
                     operands.append(x)
                 if isinstance(x, torch.Tensor):
                     return place, self._describe(x)
-                # Two layers' scales are two symbols. No operator may ask for the value of either: it would be a guard.
-                return place, x.node.expr if isinstance(x, torch.SymInt) else torch.SymFloat
+                # Two layers' scales are two symbols; what is decided on a float is decided by its hint.
+                if isinstance(x, torch.SymInt):
+                    return place, x.node.expr
+                if x.node.hint is not None:
+                    return place, torch.SymFloat, x.node.hint
+                raise LookupError
             if isinstance(x, slice):
                 return slice, key(x.start), key(x.stop), key(x.step)
             if isinstance(x, tuple | list):
@@ -294,7 +317,12 @@ class _Replay(fx.Interpreter):
         return known[1]
 
     def _learn(
-        self, key: object, written: list[fx.Node], places: dict[Any, _Operand | _Step], operands: list[Any], result: object
+        self,
+        key: object,
+        written: list[fx.Node],
+        places: dict[Any, _Operand | _Step],
+        operands: list[Any],
+        result: object,
     ) -> None:
         if not isinstance(result, torch.Tensor):
             return
@@ -306,10 +334,13 @@ class _Replay(fx.Interpreter):
         nodes = []
         for i, node in enumerate(written):
             op = node.target
-            if not isinstance(op, OpOverload) or op.namespace != "aten" or op._schema.is_mutable:
+            if isinstance(op, OpOverload):
+                if op.namespace != "aten" or op._schema.is_mutable:
+                    return
+            elif not isinstance(node.meta.get("val"), Sym):
                 return
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: places.get(arg, arg))
-            if any(isinstance(x, fx.Node) for x in pytree.tree_leaves((args, kwargs))):
+            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: places.get(arg) or arg.meta.get("val"))
+            if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
                 return
             nodes.append((op, args, kwargs, node.meta["val"]))
             places[node] = _Step(i)
@@ -325,17 +356,22 @@ class _Replay(fx.Interpreter):
                 return given[x.index]
             if isinstance(x, _Step):
                 return done[x.index]
+            if isinstance(x, Sym):
+                return self._node_of(x)
             return type(x)(map(fill, x)) if isinstance(x, tuple | list) else x
 
         for op, args, kwargs, val in call.nodes:
             done.append(self._create(n, op, fill(args), {name: fill(x) for name, x in kwargs.items()}))
             done[-1].meta["val"] = val
         done[-1].meta["val"] = value
-        proxy_tensor.set_proxy_slot(value, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(done[-1], self.tracer), None))
+        proxy_tensor.set_proxy_slot(
+            value, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(done[-1], self.tracer), None)
+        )
         return value
 
-    def _create(self, n: fx.Node, op: OpOverload, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
-        node = self.tracer.graph.create_node("call_function", op, args, kwargs, op._opname)
+    def _create(self, n: fx.Node, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
+        name = op._opname if isinstance(op, OpOverload) else None
+        node = self.tracer.graph.create_node("call_function", op, args, kwargs, name)
         with self._set_current_node(n):
             current = traceback.get_current_meta()
             node.meta = {field: current[field] for field in ("stack_trace", *_COPY_META_FIELDS) if field in current}
@@ -343,6 +379,8 @@ class _Replay(fx.Interpreter):
 
     def _node_of(self, x: object) -> Any:
         proxy = self.tracer.unwrap_proxy(x)
+        if isinstance(proxy, Sym):
+            raise NormaliseError(f"`{self._node}` depends on {proxy}, which no node computes")
         return proxy.node if isinstance(proxy, fx.Proxy) else proxy
 
     def _check(self, n: fx.Node, result: object, written: list[fx.Node]) -> None:
@@ -404,7 +442,9 @@ class _Replay(fx.Interpreter):
         self._autocasts.append((args, mode))
         return node, mode
 
-    def _exit_autocast(self, target: Any, region: tuple[fx.Node, torch.amp.autocast]) -> tuple[fx.Node, torch.amp.autocast]:
+    def _exit_autocast(
+        self, target: Any, region: tuple[fx.Node, torch.amp.autocast]
+    ) -> tuple[fx.Node, torch.amp.autocast]:
         entered, mode = region
         if not self._autocasts or self._autocasts[-1][1] is not mode:
             raise NormaliseError(f"`{self._node}` leaves an autocast region that is not the innermost")
@@ -538,7 +578,9 @@ def _name(node: fx.Node) -> str:
 
 
 def _is_torch(target: object) -> bool:
-    if isinstance(target, types.BuiltinFunctionType | types.MethodDescriptorType | OpOverload | torch._ops.OpOverloadPacket):
+    if isinstance(
+        target, types.BuiltinFunctionType | types.MethodDescriptorType | OpOverload | torch._ops.OpOverloadPacket
+    ):
         return True
     return (getattr(target, "__module__", None) or "").partition(".")[0] == "torch"
 
@@ -560,7 +602,15 @@ def _metadata(x: torch.Tensor) -> tuple[object, ...]:
     """The tensor's dtype, device, shape and layout, to be compared and hashed without a guard."""
     if x.layout is not torch.strided:
         return x.dtype, x.device, _exprs(x.shape), x.layout
-    return x.dtype, x.device, _exprs(x.shape), _exprs(x.stride()), _exprs((x.storage_offset(),)), x.is_conj(), x.is_neg()
+    return (
+        x.dtype,
+        x.device,
+        _exprs(x.shape),
+        _exprs(x.stride()),
+        _exprs((x.storage_offset(),)),
+        x.is_conj(),
+        x.is_neg(),
+    )
 
 
 def _exprs(sizes: Sequence[int | torch.SymInt]) -> tuple[object, ...]:

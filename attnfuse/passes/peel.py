@@ -215,9 +215,7 @@ _BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), _below_cast),
     **dict.fromkeys(("contiguous", "clone", "alias"), lambda at, user: None),
     "dropout": _below_dropout,
-    **dict.fromkeys(
-        ("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view
-    ),
+    **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view),
     **dict.fromkeys(("expand", "expand_as"), _below_expand),
     **dict.fromkeys(("transpose", "permute"), _below_transpose),
 }

@@ -16,10 +16,11 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction
 from attnfuse.passes.graph import bound, fake, packet, shape
-from attnfuse.passes.index import Digit, Index, Misaligned, Size, index_of, piece, product, same
-from attnfuse.passes.lift import Scope, broadcast, through_view
+from attnfuse.passes.index import Digit, Index, Size, index_of, piece, product, same
+from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import Descent, Miss, Valued, descend, program_of, score_input, valued
-from attnfuse.score import TRUE, Call, Const, Expr, Load, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
+from attnfuse.passes.views import broadcast, through_view
+from attnfuse.score import TRUE, Call, Const, Expr, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
@@ -172,7 +173,7 @@ def anchors(scope: Scope) -> Iterator[fx.Node]:
 
 def recognise(scope: Scope, anchor: fx.Node) -> Site:
     """The attention at an anchor; raises Miss."""
-    scope.lifter.unlifted = None
+    scope.lifter.stopped = scope.lifter.refused = None
     if packet(anchor) == "scaled_dot_product_attention":
         site = _from_sdpa(scope, anchor)
     else:
@@ -192,24 +193,22 @@ def _from_softmax(scope: Scope, softmax: fx.Node) -> Site:
         if site is not None:
             break
     else:
-        stopped = scope.lifter.unlifted
-        below = stopped is not None and any("n" in str(x) for x in (packet(stopped),)) and _leads_from_matmul(stopped)
-        raise Miss("AF024" if below else "AF020", stopped or source, packet(stopped or source))
+        raise _no_score(scope, softmax, source)
     return site
 
 
-def _leads_from_matmul(node: fx.Node, depth: int = 12) -> bool:
-    """Whether a product of tensors stands closely above the node, so that it may well be an attention's score."""
-    from attnfuse.passes.contraction import contraction
-
-    todo = [(node, 0)]
-    while todo:
-        at, far = todo.pop()
-        if contraction(at) is not None:
-            return True
-        if far < depth and isinstance(at.target, torch._ops.OpOverload) and packet(at) not in ("linear", "embedding"):
-            todo.extend((x, far + 1) for x in at.all_input_nodes)
-    return False
+def _no_score(scope: Scope, softmax: fx.Node, source: fx.Node) -> Miss:
+    """Why no product above the softmax could be taken as the score."""
+    if scope.lifter.stopped is not None:
+        node, why = scope.lifter.stopped
+        return Miss("AF024", node, why)
+    if scope.lifter.refused is not None:
+        return Miss(
+            "AF022",
+            softmax,
+            f"the product `{scope.lifter.refused.name}` has the softmax's dimension in both operands or in none",
+        )
+    return Miss("AF020", source, packet(source) or source.op)
 
 
 def _with_queries(
@@ -319,10 +318,14 @@ def _query_and_key(claim: _Claim) -> tuple[Operand, Operand, Size]:
     (lhs, lhs_labels), (rhs, rhs_labels) = found.sides()
     depth = shape(lhs)[lhs_labels.index(found.summed)]
     values[found.summed] = index_of(Var("d"), depth)
-    key_side = next((labels for labels in (rhs_labels, lhs_labels) if any("n" in _variables(values[x]) for x in labels if x)), None)
+    key_side = next(
+        (labels for labels in (rhs_labels, lhs_labels) if any("n" in _variables(values[x]) for x in labels if x)), None
+    )
     if key_side is None:
         # one key only: the side with the queries is q; with one query too, the left one
-        query_side = next((x for x in (lhs_labels, rhs_labels) if any("m" in _variables(values[y]) for y in x if y)), lhs_labels)
+        query_side = next(
+            (x for x in (lhs_labels, rhs_labels) if any("m" in _variables(values[y]) for y in x if y)), lhs_labels
+        )
         key_side = rhs_labels if query_side is lhs_labels else lhs_labels
     left = Operand(lhs, found.index(lhs_labels, values), (found.node,))
     right = Operand(rhs, found.index(rhs_labels, values), (found.node,))
@@ -560,14 +563,10 @@ def _check_writes(site: Site, last: int) -> None:
 def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
     """The program with leaves and symbols under other names."""
 
-    def swap(expr: Expr) -> Expr:
-        swapped = substitute(expr, names)
-        if isinstance(swapped, Load):
-            return swapped
-        return swapped
-
-    tiers = tuple(replace(t, allowed=swap(t.allowed)) for t in program.tiers)
-    return Program(swap(program.body), tiers, None if program.sink is None else swap(program.sink))
+    tiers = tuple(replace(t, allowed=substitute(t.allowed, names)) for t in program.tiers)
+    return Program(
+        substitute(program.body, names), tiers, None if program.sink is None else substitute(program.sink, names)
+    )
 
 
 __all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed"]

@@ -7,8 +7,7 @@ operation makes a contiguous copy anyway.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -16,12 +15,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnfuse import ops
-from attnfuse.passes.graph import SHORT_DTYPES, aten, fake, packet, shape
+from attnfuse.passes.graph import aten, bound, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
-from attnfuse.passes.lift import LeafSource, Scope, _permuted
+from attnfuse.passes.lift import LeafSource, Scope
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
+from attnfuse.passes.views import permuted
 from attnfuse.score import Var
 from attnfuse.templates.library import Call
 
@@ -270,10 +270,8 @@ def _is_made_contiguous(node: fx.Node) -> tuple[int, ...] | None:
     if not moved.users:
         return None
     names: tuple[Index, ...] = tuple((Digit(Var(str(d)), 2),) for d in range(4))
-    # _permuted maps an index of the permuted tensor to one of its source; the inverse is the order of its dimensions
-    from attnfuse.passes.graph import bound
-
-    source = _permuted(packet(moved), bound(moved), names, 4)
+    # permuted maps an index of the permuted tensor to one of its source; the inverse is the order of its dimensions
+    source = permuted(packet(moved), bound(moved), names, 4)
     order = [0] * 4
     for dim, index in enumerate(source):
         order[int(str(index[0].expr))] = dim

@@ -48,13 +48,17 @@ def meaning(site: Site) -> Meaning:
         else:
             names[Var(var)] = Var(known)
     # two steps: a symbol may already be called i0
-    program = renamed(renamed(site.program, {k: Var(f"_{k}") for k in names}), {Var(f"_{k}"): v for k, v in names.items()})
+    program = renamed(
+        renamed(site.program, {k: Var(f"_{k}") for k in names}), {Var(f"_{k}"): v for k, v in names.items()}
+    )
     for load in dict.fromkeys(x for top in program.expressions() for x in loads(top)):
         source = table.leaves[load.leaf]
         if source in sources:
             continue
         sources.append(source)
-        declared.append(Leaf(_leaf_name(source, load, declared), SHORT_DTYPES[fake(source.node).dtype], len(source.dims)))
+        declared.append(
+            Leaf(_leaf_name(source, load, declared), SHORT_DTYPES[fake(source.node).dtype], len(source.dims))
+        )
     final = {table.leaf(s): leaf.name for s, leaf in zip(sources, declared, strict=True)}
     spec = AttentionSpec(_leaves_renamed(program, final), tuple(declared), site.dropout)
     return Meaning(spec, tuple(sources), tuple(numbers), _hints(site))
@@ -110,5 +114,3 @@ def _hints(site: Site) -> Shape:
     assert k_layout is not None
     b, h, kv, m, n, d, e = (hint(x, site.out) for x in (s.B, s.H, k_layout.heads, s.M, s.N, s.D, s.Dv))
     return Shape(b, h, kv, m, n, d, e)
-
-

@@ -1,0 +1,160 @@
+"""`torch.compile(..., backend="attnfuse")`: run the passes, hand the graph on, never break a user's program.
+
+The only file that touches Inductor.  A graph in which nothing was rewritten is handed on as Dynamo's original object; one whose
+rewritten form raises downstream is compiled from the original, with a remark.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextvars import ContextVar
+from importlib import metadata
+from typing import Any
+
+import torch
+from torch import fx
+from torch._logging import trace_structured
+
+from attnfuse import __version__, passes
+from attnfuse.options import Options
+from attnfuse.remark import Remark, Report
+
+log = logging.getLogger(__name__)
+
+Compiled = Callable[..., Any]
+
+_listeners: ContextVar[tuple[Callable[[Report], None], ...]] = ContextVar("attnfuse_listeners", default=())
+
+
+@contextlib.contextmanager
+def listening(receive: Callable[[Report], None]) -> Iterator[None]:
+    """While the context is open, `receive` gets the report of every graph that this thread compiles."""
+    token = _listeners.set((*_listeners.get(), receive))
+    try:
+        yield
+    finally:
+        _listeners.reset(token)
+
+
+def attnfuse(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: Mapping[str, object] | None = None,
+) -> Compiled:
+    """The backend, as Dynamo calls it.
+
+    Args:
+        gm: the graph; it is not changed before it is known what is compiled.
+        example_inputs: the real inputs.
+        mode: one of Inductor's modes.
+        options: attnfuse's own keys and Inductor config keys, see `attnfuse.options.Options`.
+
+    Raises:
+        OptionsError: an unknown mode or key, or a value of the wrong type.
+    """
+    chosen = Options.parse(mode, options)
+    if not chosen.enabled:
+        return _stock(gm, example_inputs, chosen)
+    graph, report = passes.run(gm, chosen)
+    report = Report(report.remarks, versions(), _device(example_inputs))
+    analysed = not any(remark.code in ("AF041", "AF042") for remark in report.remarks)
+    if graph is None:
+        _publish(report, chosen)
+        return _downstream(gm, example_inputs, chosen, analysed=analysed)
+    try:
+        compiled = _downstream(graph, example_inputs, chosen, analysed=True)
+    except torch._dynamo.exc.RestartAnalysis:
+        raise
+    except Exception as error:
+        if chosen.strict:
+            raise
+        log.debug("the rewritten graph raised downstream", exc_info=True)
+        text = str(error).strip().splitlines()
+        failed = Remark.of("AF043", error=f"{type(error).__name__}: {text[0] if text else ''}")
+        _publish(Report((failed,), report.versions, report.device), chosen)
+        return _downstream(gm, example_inputs, chosen, analysed=True)
+    _publish(report, chosen)
+    return compiled
+
+
+def _reset() -> None:
+    from torch._inductor import config
+
+    if config.triton.cudagraphs:
+        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
+
+        reset_cudagraph_trees()
+
+
+attnfuse.reset = _reset  # type: ignore[attr-defined]
+
+
+def versions() -> dict[str, str]:
+    """Versions for the head of a report: attnfuse, torch and, where it is installed, triton."""
+    found = {"attnfuse": __version__, "torch": str(torch.__version__)}
+    with contextlib.suppress(metadata.PackageNotFoundError):
+        found["triton"] = metadata.version("triton")
+    return found
+
+
+def _device(example_inputs: Sequence[Any]) -> str:
+    """`cpu`, or the architecture of the first input that lies on an accelerator."""
+    for value in example_inputs:
+        if isinstance(value, torch.Tensor) and value.device.type == "cuda" and torch.cuda.is_available():
+            major, minor = torch.cuda.get_device_capability(value.device)
+            return f"sm_{major}{minor}" if torch.version.hip is None else "rocm"
+    return next((x.device.type for x in example_inputs if isinstance(x, torch.Tensor)), "cpu")
+
+
+def _publish(report: Report, options: Options) -> None:
+    """Hands the report to listeners, the log and the structured trace."""
+    for receive in _listeners.get():
+        receive(report)
+    if options.explain:
+        print(report, file=sys.stderr)
+    log.info("%s", report)
+    trace_structured(
+        "artifact",
+        metadata_fn=lambda: {"name": "attnfuse_report", "encoding": "json"},
+        payload_fn=lambda: json.dumps(json.loads(report.to_json()), indent=1),
+        expect_trace_id=False,
+    )
+
+
+def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, analysed: bool) -> Compiled:
+    """Compiles a graph with what `options.downstream` names.
+
+    Args:
+        analysed: attnfuse has judged every attention in the graph, so that Inductor's attention patterns, which ignore axes and
+            fill values, have no more say in it.
+    """
+    if options.downstream == "eager":
+        return gm.forward
+    if options.downstream == "aot_eager":
+        from torch._dynamo.backends.debugging import aot_eager
+
+        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+    patches = dict(options.inductor)
+    if analysed and not options.inductor_attention_patterns:
+        patches |= _without_attention_patterns(patches)
+    return _inductor(gm, example_inputs, patches)
+
+
+def _stock(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
+    return _inductor(gm, example_inputs, dict(options.inductor))
+
+
+def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:
+    from torch._inductor.compile_fx import compile_fx
+
+    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return,arg-type]
+
+
+def _without_attention_patterns(patches: Mapping[str, Any]) -> dict[str, Any]:
+    return {}

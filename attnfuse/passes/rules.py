@@ -1,0 +1,406 @@
+"""One small rule an operator: how an element of its output is an expression of elements of its inputs.
+
+`RULES` maps the operator's name to its rule; a new operator is one function.  What a rule cannot say exactly it refuses with
+`Unliftable`, and the node becomes a leaf.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, Final
+
+import torch
+from torch import fx
+
+from attnfuse import score
+from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
+from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
+from attnfuse.passes.views import VIEWS, through
+from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, call, free_vars, loads
+
+if TYPE_CHECKING:
+    from attnfuse.passes.lift import Claimant, Lifter
+
+_LOW_PRECISION: Final = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True)
+class At:
+    """One element under the lifter: a node and the index into its output."""
+
+    lifter: Lifter
+    node: fx.Node
+    index: tuple[Index, ...]
+    claimant: Claimant
+
+    @property
+    def name(self) -> str:
+        """The operator."""
+        return packet(self.node)
+
+    @property
+    def args(self) -> dict[str, Any]:
+        """The operator's arguments by name."""
+        return bound(self.node)
+
+    @property
+    def kind(self) -> str:
+        """The language's type of the element."""
+        return kind(self.node)
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The element type of the output."""
+        return fake(self.node).dtype
+
+    def lift(self, node: fx.Node, index: Sequence[Index] | None = None) -> Expr:
+        """An input of the same shape at this index, or at another one."""
+        return self.lifter.lift(node, self.index if index is None else index, self.claimant)
+
+    def operand(self, arg: Any, index: Sequence[Index] | None = None) -> Expr:
+        """An input that is broadcast, or a scalar."""
+        return self.lifter.operand(arg, self.index if index is None else index, self.claimant)
+
+
+def kind(arg: Any) -> str:
+    """`bool`, `int` or `float`: the language's type of a tensor's elements or of a scalar."""
+    val = arg.meta.get("val") if isinstance(arg, fx.Node) else arg
+    if isinstance(val, torch.Tensor):
+        if val.dtype == torch.bool:
+            return "bool"
+        if val.dtype.is_complex:
+            raise Unliftable("complex numbers")
+        return "float" if val.dtype.is_floating_point else "int"
+    if isinstance(val, bool | torch.SymBool):
+        return "bool"
+    return "int" if isinstance(val, int | torch.SymInt) else "float"
+
+
+def converted(expr: Expr, source: str, target: str) -> Expr:
+    """`expr` of one type as an expression of another, as PyTorch promotes or casts."""
+    if source == target:
+        return expr
+    if target == "bool":
+        return call("ne", expr, Const(0) if source == "int" else Const(0.0))
+    if target == "int":
+        if source == "bool":
+            return call("where", expr, Const(1), Const(0))
+        raise Unliftable("a float cast to an integer")
+    return as_float(expr) if source == "int" else call("where", expr, Const(1.0), Const(0.0))
+
+
+def as_float(expr: Expr) -> Expr:
+    return call("float", expr) if not isinstance(expr, Const) or type(expr.value) is not float else expr
+
+
+def rounded(expr: Expr, dtype: torch.dtype) -> Expr:
+    """Constants as they are after a cast to a low precision (finfo(float32).min is -inf in bfloat16)."""
+    if dtype not in _LOW_PRECISION:
+        return expr
+    if isinstance(expr, Const) and type(expr.value) is float:
+        return Const(float(torch.tensor(expr.value, dtype=torch.float64).to(dtype)))
+    if isinstance(expr, Call) and expr.op == "where":
+        return call("where", expr.args[0], *(rounded(a, dtype) for a in expr.args[1:]))
+    return expr
+
+
+Rule = Callable[[At], Expr]
+RULES: Final[dict[str, Rule]] = {}
+MOVES: Final[set[str]] = set()
+"""Operators that only move elements; a leaf is looked for behind them."""
+
+
+def _rule(*names: str, moves: bool = False) -> Callable[[Rule], Rule]:
+    def register(function: Rule) -> Rule:
+        for name in names:
+            RULES[name] = function
+            if moves:
+                MOVES.add(name)
+        return function
+
+    return register
+
+
+@_rule(*VIEWS, moves=True)
+def _view(at: At) -> Expr:
+    return at.lift(*through(at.node, at.index))
+
+
+_ARITHMETIC: Final = {"add": "add", "sub": "sub", "mul": "mul", "minimum": "min", "maximum": "max"}
+
+
+def _binary(at: At, op: str, a: Any, b: Any) -> Expr:
+    result = at.kind
+    if result == "bool":
+        raise Unliftable("arithmetic on truth values")
+    left, right = (converted(at.operand(x), kind(x), result) for x in (a, b))
+    return call(op, left, right)
+
+
+@_rule(*_ARITHMETIC, "rsub")
+def _arithmetic(at: At) -> Expr:
+    args = at.args
+    name = at.name
+    a, b = args["self"], args["other"]
+    alpha = args.get("alpha", 1)
+    if name == "rsub":
+        a, b, name = b, a, "sub"
+        if alpha != 1:
+            raise Unliftable("rsub with alpha")
+    if alpha != 1:
+        if name not in ("add", "sub") or not isinstance(alpha, int | float):
+            raise Unliftable("symbolic alpha")
+        result = at.kind
+        left, right = (converted(at.operand(x), kind(x), result) for x in (a, b))
+        factor = Const(alpha) if result == "int" else Const(float(alpha))
+        return call(name, left, call("mul", right, factor))
+    return _binary(at, _ARITHMETIC[name], a, b)
+
+
+@_rule("div", "true_divide")
+def _div(at: At) -> Expr:
+    args = at.args
+    mode = args.get("rounding_mode")
+    if mode == "floor" and at.kind == "int":
+        return _binary(at, "floordiv", args["self"], args["other"])
+    if mode is not None:
+        raise Unliftable(f"division rounded by {mode}")
+    return _binary(at, "div", args["self"], args["other"])
+
+
+@_rule("floor_divide", "remainder")
+def _whole(at: At) -> Expr:
+    if at.kind != "int":
+        raise Unliftable("rounded division of floats")
+    args = at.args
+    op = "mod" if at.name == "remainder" else "floordiv"
+    return _binary(at, op, args["self"], args["other"])
+
+
+@_rule("neg", "abs", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid")
+def _unary(at: At) -> Expr:
+    source = at.args["self"]
+    return call(at.name, converted(at.operand(source), kind(source), at.kind))
+
+
+@_rule("pow")
+def _pow(at: At) -> Expr:
+    args = at.args
+    if isinstance(args["self"], fx.Node) and args["exponent"] in (2, 2.0) and at.kind == kind(args["self"]):
+        base = at.operand(args["self"])
+        return call("mul", base, base)
+    raise Unliftable("a power other than 2")
+
+
+@_rule("clamp", "clamp_min", "clamp_max")
+def _clamp(at: At) -> Expr:
+    args = at.args
+    result = at.kind
+    out = converted(at.operand(args["self"]), kind(args["self"]), result)
+    # written as choices: at a tie the gradient of clamp passes whole, that of min and max is halved
+    for name, op in (("min", "lt"), ("max", "gt")):
+        if args.get(name) is not None:
+            limit = converted(at.operand(args[name]), kind(args[name]), result)
+            out = call("where", call(op, out, limit), limit, out)
+    return out
+
+
+@_rule(*COMPARISONS)
+def _compare(at: At) -> Expr:
+    args = at.args
+    sides = (args["self"], args["other"])
+    kinds = [kind(x) for x in sides]
+    common = max(kinds, key=("bool", "int", "float").index)
+    operands = [at.operand(x) for x in sides]
+    rounded_before = any(is_tensor(x) and fake(x).dtype in _LOW_PRECISION for x in sides)
+    if rounded_before and not all(isinstance(e, Load | Const) for e in operands):
+        raise Unliftable("a comparison of values that were rounded to a low precision")
+    left, right = (converted(e, k, common) for e, k in zip(operands, kinds, strict=True))
+    if common == "bool":
+        same_value = call("or", call("and", left, right), call("and", call("not", left), call("not", right)))
+        if at.name in ("eq", "ne"):
+            return same_value if at.name == "eq" else call("not", same_value)
+        raise Unliftable("truth values compared by size")
+    return call(at.name, left, right)
+
+
+_LOGIC: Final = {
+    "logical_and": "and",
+    "bitwise_and": "and",
+    "__and__": "and",
+    "logical_or": "or",
+    "bitwise_or": "or",
+    "__or__": "or",
+}
+
+
+@_rule(*_LOGIC)
+def _logic(at: At) -> Expr:
+    args = at.args
+    sides = (args["self"], args["other"])
+    if at.kind != "bool" or ("logical" not in at.name and any(kind(x) != "bool" for x in sides)):
+        raise Unliftable("bits of integers")
+    left, right = (converted(at.operand(x), kind(x), "bool") for x in sides)
+    return call(_LOGIC[at.name], left, right)
+
+
+@_rule("logical_not", "bitwise_not")
+def _not(at: At) -> Expr:
+    source = at.args["self"]
+    if at.name == "bitwise_not" and kind(source) != "bool":
+        raise Unliftable("bits of integers")
+    return call("not", converted(at.operand(source), kind(source), "bool"))
+
+
+def _choice(at: At, condition: Any, a: Any, b: Any) -> Expr:
+    if kind(condition) != "bool":
+        raise Unliftable("a condition that is no truth value")
+    chosen = at.operand(condition)
+    result, dtype = at.kind, at.dtype
+    arms = [rounded(converted(at.operand(x), kind(x), result), dtype) for x in (a, b)]
+    return call("where", chosen, *arms)
+
+
+@_rule("where")
+def _where(at: At) -> Expr:
+    args = at.args
+    return _choice(at, args["condition"], args["self"], args["other"])
+
+
+@_rule("masked_fill")
+def _masked_fill(at: At) -> Expr:
+    args = at.args
+    return _choice(at, args["mask"], args["value"], args["self"])
+
+
+@_rule("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift_fresh_copy", "lift_fresh", "detach")
+def _cast(at: At) -> Expr:
+    source = at.node.args[0]
+    assert isinstance(source, fx.Node)
+    if at.name == "detach" and at.dtype.is_floating_point:
+        raise Unliftable("a detached value")
+    if fake(source).dtype == at.dtype:
+        return at.lift(source)
+    expr = converted(at.lift(source), kind(source), at.kind)
+    return at.lifter.collapsed(at.node, at.index, rounded(expr, at.dtype))
+
+
+MOVES.update(("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift_fresh_copy", "lift_fresh", "detach"))
+
+
+@_rule("arange")
+def _arange(at: At) -> Expr:
+    args = at.args
+    start, step = args.get("start") or 0, args.get("step") or 1
+    if any(isinstance(x, float) for x in (start, step)) or at.dtype in _LOW_PRECISION:
+        raise Unliftable("a range of fractions or in low precision")
+    offset = call("mul", value(at.index[0]), at.lifter.scalar(step))
+    expr = call("add", offset, at.lifter.scalar(start))
+    return as_float(expr) if at.dtype.is_floating_point else expr
+
+
+_FILLED: Final[Mapping[str, str]] = {
+    "zeros": "0",
+    "new_zeros": "0",
+    "zeros_like": "0",
+    "ones": "1",
+    "new_ones": "1",
+    "ones_like": "1",
+    "full": "fill_value",
+    "new_full": "fill_value",
+    "full_like": "fill_value",
+    "scalar_tensor": "s",
+}
+
+
+@_rule(*_FILLED)
+def _filled(at: At) -> Expr:
+    name = _FILLED[at.name]
+    given: Any = int(name) if name in "01" else at.args[name]
+    dtype = at.dtype
+    constant = at.lifter.scalar(given)
+    if not isinstance(constant, Const):
+        return converted(constant, kind(given), at.kind)
+    if dtype == torch.bool:
+        return Const(bool(constant.value))
+    return rounded(Const(float(constant.value)), dtype) if dtype.is_floating_point else Const(int(constant.value))
+
+
+@_rule("tril", "triu")
+def _triangle(at: At) -> Expr:
+    args = at.args
+    row, column = value(at.index[-2]), value(at.index[-1])
+    edge = call("add", row, at.lifter.scalar(args["diagonal"]))
+    inside = call("le" if at.name == "tril" else "ge", column, edge)
+    zero = {"bool": Const(False), "int": Const(0), "float": Const(0.0)}[at.kind]
+    inner = at.lift(args["self"])
+    return call("and", inside, inner) if at.kind == "bool" else call("where", inside, inner, zero)
+
+
+@_rule("diff")
+def _diff(at: At) -> Expr:
+    args = at.args
+    source, head = args["self"], args["prepend"]
+    if args["n"] != 1 or args["append"] is not None or at.kind != "int":
+        raise Unliftable("a difference of this form")
+    dim = args["dim"] % len(at.index)
+    here = value(at.index[dim])
+    heads: Size = shape(head)[dim] if head is not None else 0
+    if not isinstance(heads, int) or heads > 1:
+        raise Unliftable("a difference of this form")
+
+    def element(position: Expr) -> Expr:
+        def moved(tensor: fx.Node, where: Expr) -> Expr:
+            digit: Index = (Digit(where, shape(tensor)[dim]),) if not same(shape(tensor)[dim], 1) else ()
+            return at.lift(tensor, (*at.index[:dim], digit, *at.index[dim + 1 :]))
+
+        tail = moved(source, call("sub", position, Const(heads)))
+        if not heads:
+            return tail
+        return call("where", call("lt", position, Const(1)), moved(head, Const(0)), tail)
+
+    expr = call("sub", element(call("add", here, Const(1))), element(here))
+    if loads(expr):
+        raise Unliftable("a difference of data")
+    return expr
+
+
+@_rule("cumsum")
+def _cumsum(at: At) -> Expr:
+    args = at.args
+    dim = args["dim"] % len(at.index)
+    element = at.lift(args["self"])
+    if isinstance(element, Const) and at.kind == "int":
+        return call("mul", Const(int(element.value)), call("add", value(at.index[dim]), Const(1)))
+    raise Unliftable("a running sum of data")
+
+
+@_rule("index", moves=True)
+def _index(at: At) -> Expr:
+    args = at.args
+    source, chosen = args["self"], args["indices"]
+    given = [x for x in chosen if x is not None]
+    places = [dim for dim, x in enumerate(chosen) if x is not None]
+    if any(kind(x) != "int" for x in given) or places != list(range(places[0], places[0] + len(places))):
+        raise Unliftable("indexing by a mask, or by tensors that do not stand together")
+    rank = max(len(shape(x)) for x in given)
+    middle = at.index[places[0] : places[0] + rank]
+    out = list(at.index[: places[0]])
+    for tensor, dim in zip(given, places, strict=True):
+        where = at.operand(tensor, middle)
+        if loads(where) and {"m", "n"} <= free_vars(where):
+            raise Unliftable("a gather by data over queries and keys")
+        size = shape(source)[dim]
+        if not _is_natural(where):
+            raise Unliftable("an index that may be negative")
+        out.append(() if same(size, 1) else (Digit(where, size),))
+    out.extend(at.index[places[0] + rank :])
+    return at.lift(source, out)
+
+
+def _is_natural(where: Expr) -> bool:
+    """Whether an index is certainly not negative (PyTorch would count it from the end)."""
+    form = score.linear(where)
+    least = score.lower_bound(form) if form is not None else None
+    return least is not None and least >= 0

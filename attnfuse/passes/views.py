@@ -1,0 +1,126 @@
+"""Views as maps of indices: from an element that a view shows to the element of its source."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, Final
+
+from torch import fx
+
+from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
+from attnfuse.passes.index import Digit, Index, Size, Unliftable, regroup, same, value
+from attnfuse.score import Const, call
+
+VIEWS: Final = (
+    "unsqueeze",
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "squeeze",
+    "expand",
+    "expand_as",
+    "broadcast_to",
+    "transpose",
+    "permute",
+    "t",
+    "movedim",
+    "select",
+    "slice",
+    "narrow",
+)
+
+
+def broadcast(node: fx.Node, index: Sequence[Index]) -> tuple[Index, ...]:
+    """The index of an operand that is broadcast to the shape that `index` belongs to."""
+    sizes = shape(node)
+    tail = index[len(index) - len(sizes) :]
+    return tuple(() if same(size, 1) else dim for size, dim in zip(sizes, tail, strict=True))
+
+
+def through(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[Index, ...]]:
+    """The source of a view, and the index there of the element that the view shows at `index`."""
+    source = node.args[0]
+    if not isinstance(source, fx.Node) or not is_tensor(source):
+        raise Unliftable("a view of no tensor")
+    args, name = bound(node), packet(node)
+    sizes = shape(source)
+    rank = len(sizes)
+    if name == "unsqueeze":
+        dim = args["dim"] % (rank + 1)
+        return source, (*index[:dim], *index[dim + 1 :])
+    if name in ("expand", "expand_as", "broadcast_to"):
+        return source, broadcast(source, index)
+    if name in ("transpose", "t", "permute", "movedim"):
+        return source, permuted(name, args, index, rank)
+    if name in ("select", "slice", "narrow"):
+        return source, _sliced(name, args, index, sizes)
+    return source, regroup(index, sizes)
+
+
+def permuted(name: str, args: dict[str, Any], index: Sequence[Index], rank: int) -> tuple[Index, ...]:
+    order = list(range(rank))
+    if name == "permute":
+        order = [d % rank for d in args["dims"]]
+    elif name == "movedim":
+        sources, targets = args["source"], args["destination"]
+        sources, targets = ([x] if isinstance(x, int) else list(x) for x in (sources, targets))
+        moved = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
+        rest = iter(d for d in range(rank) if d not in moved.values())
+        order = [moved[d] if d in moved else next(rest) for d in range(rank)]
+    elif rank > 1:
+        a, b = (args["dim0"] % rank, args["dim1"] % rank) if name == "transpose" else (0, 1)
+        order[a], order[b] = order[b], order[a]
+    out: list[Index] = [()] * rank
+    for at, dim in enumerate(order):
+        out[dim] = index[at]
+    return tuple(out)
+
+
+def _sliced(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequence[Size]) -> tuple[Index, ...]:
+    dim = args["dim"] % len(sizes)
+    size = sizes[dim]
+    first = args["index"] if name == "select" else args["start"]
+    first = 0 if first is None else first
+    step = args.get("step") or 1
+    if not isinstance(first, int) or not isinstance(step, int):
+        raise Unliftable("a symbolic slice")
+    if first < 0:
+        if not isinstance(size, int):
+            raise Unliftable("a slice counted from a symbolic end")
+        first = max(0, first + size)
+    if name == "select":
+        at: Index = (Digit(Const(first), size),) if not same(size, 1) else ()
+        return (*index[:dim], at, *index[dim:])
+    if first == 0 and step == 1:
+        # the index stays itself; only the range behind it is longer
+        kept = index[dim]
+        if len(kept) > 1 and not same(kept[0].size, size):
+            kept = (Digit(value(kept), size),)
+        return (*index[:dim], kept if not same(size, 1) else (), *index[dim + 1 :])
+    moved = call("add", call("mul", value(index[dim]), Const(step)), Const(first))
+    return (*index[:dim], (Digit(moved, size),), *index[dim + 1 :])
+
+
+def through_view(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[Index, ...]] | None:
+    """One step from a view-like node (views, copies and casts that change nothing) to its source, or None at anything else.
+
+    A step that drops elements (a slice) is not taken: what stands behind it is a different operand.
+    """
+    name = packet(node)
+    source = node.args[0] if node.args else None
+    if not isinstance(source, fx.Node) or not is_tensor(source):
+        return None
+    if name in ("contiguous", "clone", "alias") or (name in ("to", "_to_copy", "type_as") and _same_kind(source, node)):
+        return source, tuple(index)
+    if name in VIEWS and name not in ("select", "slice", "narrow"):
+        try:
+            return through(node, index)
+        except Unliftable:
+            return None
+    return None
+
+
+def _same_kind(a: fx.Node, b: fx.Node) -> bool:
+    return fake(a).dtype == fake(b).dtype and fake(a).device == fake(b).device
