@@ -13,11 +13,11 @@ import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextvars import ContextVar
 from importlib import metadata
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import fx
-from torch._logging import trace_structured
+from torch._logging._internal import trace_structured
 
 from attnfuse import __version__, passes
 from attnfuse.options import Options
@@ -139,7 +139,7 @@ def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     if options.downstream == "aot_eager":
         from torch._dynamo.backends.debugging import aot_eager
 
-        return aot_eager(gm, example_inputs)  # type: ignore[no-any-return]
+        return aot_eager(gm, list(example_inputs))
     patches = dict(options.inductor)
     if analysed and not options.inductor_attention_patterns:
         patches |= _without_attention_patterns(patches)
@@ -153,7 +153,7 @@ def _stock(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:
     from torch._inductor.compile_fx import compile_fx
 
-    return compile_fx(gm, example_inputs, config_patches=patches)  # type: ignore[no-any-return,arg-type]
+    return cast(Compiled, compile_fx(gm, example_inputs, config_patches=patches))
 
 
 def _without_attention_patterns(patches: Mapping[str, Any]) -> dict[str, Any]:

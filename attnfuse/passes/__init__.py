@@ -124,7 +124,7 @@ def _guarded(work: Work, anchor: fx.Node, step: Callable[[], T]) -> T | Remark:
         if work.options.strict:
             raise
         log.debug("a pass raised at %s", anchor, exc_info=True)
-        return Remark.of("AF040", **where, error=_described(error), node=anchor.name)  # type: ignore[arg-type]
+        return Remark.of("AF040", **where, error=_described(error), node=anchor.name)
 
 
 def _described(error: Exception) -> str:

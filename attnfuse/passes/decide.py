@@ -9,12 +9,13 @@ from dataclasses import dataclass
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, source_line
 from attnfuse.passes.lift import LeafSource
-from attnfuse.passes.recognise import Site
+from attnfuse.passes.recognise import Site, score_layers
 from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
 from attnfuse.score import loads
-from attnfuse.templates import LIBRARY, Target, choose
-from attnfuse.templates.library import Call, call_of
+from attnfuse.templates.base import Target
+from attnfuse.templates.choose import Refusal, choose
+from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
 
@@ -36,21 +37,21 @@ def decide(site: Site) -> Replacement | Remark:
     facts: dict[str, object] = {
         "shape": str(what.shape),
         "dtype": target.dtype,
-        "seen": site.seen,
+        "seen": (*site.seen[:1], *score_layers(what.spec.program), *site.seen[1:]),
         "spec": str(what.spec),
         "training": target.training,
     }
     notes = _notes(site, what)
     if notes:
         facts["notes"] = notes
-    if choice.template is None:
+    if isinstance(choice, Refusal):
         return Remark.of("AF030", **where, reasons=dict(choice.reasons), **facts)  # type: ignore[arg-type]
-    library = choice.template == LIBRARY.name
-    if library and site.is_sdpa and _is_plain(site):
-        return Remark.of("AF001", **where, template=choice.template, **facts)  # type: ignore[arg-type]
+    library = call_for(what.spec) if isinstance(choice.template, Library) else None
+    if library is not None and site.is_sdpa and _is_plain(site):
+        return Remark.of("AF001", **where, template=choice.template.name, **facts)  # type: ignore[arg-type]
     facts["tiles_skipped"] = round(tiles_skipped(what.spec, what.shape, *choice.tiles), 4)
-    remark = Remark.of("AF010" if library else "AF000", **where, template=choice.template, **facts)  # type: ignore[arg-type]
-    return Replacement(what, call_of(what.spec) if library else None, remark)
+    remark = Remark.of("AF010" if library is not None else "AF000", **where, template=choice.template.name, **facts)  # type: ignore[arg-type]
+    return Replacement(what, library, remark)
 
 
 def _target(site: Site) -> Target:

@@ -50,7 +50,7 @@ def packet(node: fx.Node) -> str:
     """The name of the ATen operator without its overload, such as `add`, or an empty string."""
     target = node.target
     if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return cast(str, target._schema.name.removeprefix("aten::"))
+        return target._schema.name.removeprefix("aten::")
     return ""
 
 

@@ -254,7 +254,7 @@ def _assembled(
     for node in (*chain, found.node):
         _only_inside(node, {*chain, softmax, found.node})
     q, k, v = (_shallowest(op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
-    seen = ("q@k.T", *_score_layers(program), "softmax", *down.seen, "@v")
+    seen = ("q@k.T", "softmax", *down.seen, "@v")
     return Site(
         scope,
         softmax,
@@ -272,7 +272,8 @@ def _assembled(
     )
 
 
-def _score_layers(program: Program) -> tuple[str, ...]:
+def score_layers(program: Program) -> tuple[str, ...]:
+    """The score arithmetic and the masks, as layers seen between the score matmul and the softmax."""
     body = str(program.body)
     layers = [] if program.body == S else [body if len(body) <= 60 else f"{body[:57]}..."]
     return (*layers, *(f"mask {tier.fill}" for tier in program.tiers))
@@ -569,4 +570,4 @@ def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
     )
 
 
-__all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed"]
+__all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed", "score_layers"]
