@@ -1,0 +1,90 @@
+"""Scores that are linear in the dot product: `s*scale + bias` with a scale that is the same everywhere."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+from attnfuse.score import INDICES, SIZES, Call, Const, Expr, S, call, free_vars, loads
+
+_ONE: Final = Const(1.0)
+_MINUS_ONE: Final = Const(-1.0)
+
+
+class Affine(NamedTuple):
+    """`s*scale + bias`; the scale holds constants and sizes only."""
+
+    scale: Expr
+    bias: Expr | None
+
+
+@lru_cache(maxsize=4096)
+def affine(body: Expr) -> Affine | None:
+    """`body` as `s*scale + bias`, or None if it has another form."""
+    if body == S:
+        return Affine(_ONE, None)
+    if not isinstance(body, Call) or "s" not in free_vars(body):
+        return None
+    if body.op == "neg":
+        inner = affine(body.args[0])
+        return None if inner is None else _times(inner, _MINUS_ONE)
+    if body.op in ("add", "sub", "mul", "div"):
+        left, right = body.args
+        if "s" in free_vars(right):
+            if body.op == "div" or "s" in free_vars(left):
+                return None
+            if body.op == "sub":
+                inner = affine(right)
+                return None if inner is None else _plus(_times(inner, _MINUS_ONE), left)
+            left, right = right, left
+        inner = affine(left)
+        if inner is None:
+            return None
+        if body.op in ("add", "sub"):
+            return _plus(inner, right if body.op == "add" else call("neg", right))
+        return _times(inner, right, body.op) if _same_everywhere(right) else None
+    return None
+
+
+def _same_everywhere(expr: Expr) -> bool:
+    return not loads(expr) and not free_vars(expr) & set(INDICES)
+
+
+def _times(form: Affine, factor: Expr, op: str = "mul") -> Affine:
+    bias = None if form.bias is None else Call(op, (form.bias, factor))
+    return Affine(Call(op, (form.scale, factor)), bias)
+
+
+def _plus(form: Affine, term: Expr) -> Affine:
+    return Affine(form.scale, term if form.bias is None else Call("add", (form.bias, term)))
+
+
+_ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
+    "add": lambda a, b: a + b,
+    "sub": lambda a, b: a - b,
+    "mul": lambda a, b: a * b,
+    "div": lambda a, b: a / b,
+    "neg": lambda a: -a,
+}
+
+
+def constant(expr: Expr, sizes: dict[str, int] | None = None) -> float | None:
+    """The value of an expression of constants and `sizes` by name, or None where it has another term."""
+    if isinstance(expr, Const):
+        return float(expr.value)
+    values = sizes or {}
+    if not isinstance(expr, Call):
+        name = str(expr)
+        return float(values[name]) if name in values and (name in SIZES or name[0] == "i") else None
+    args = [constant(a, sizes) for a in expr.args]
+    known = [a for a in args if a is not None]
+    if len(known) < len(args) or expr.op not in (*_ARITHMETIC, "sqrt", "rsqrt"):
+        return None
+    if expr.op == "sqrt" or expr.op == "rsqrt":
+        if known[0] <= 0:
+            return None
+        return float(known[0] ** (0.5 if expr.op == "sqrt" else -0.5))
+    if expr.op == "div" and known[1] == 0:
+        return None
+    return _ARITHMETIC[expr.op](*known)

@@ -1,0 +1,283 @@
+"""Score expressions on a block of cells, as torch values.
+
+`evaluator(text, …)` compiles expressions of a spec once to a short list of steps, shared subexpressions once; `Block` is what
+they run on: the index vectors of some batches, heads, rows and keys.  A value is a Python number or a tensor that broadcasts
+to [b, h, m, n] of the block; floating-point leaves are converted to the accumulator's type when they are read.
+
+Indices of loads are clamped to the leaf: a load outside it, which only a cell that some guard excludes may hold, reads
+something of no meaning, never foreign memory.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnfuse.score import BOOLEANS, Const, Expr, Load, Var, free_vars
+from attnfuse.spec import AttentionSpec
+
+Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
+
+_DIMS: Final = {"b": 0, "h": 1, "m": 2, "n": 3}
+
+
+class Block:
+    """The cells [b0, b1) × [h0, h1) × [m0, m1) × [n0, n1) of one call."""
+
+    def __init__(
+        self,
+        leaves: Mapping[str, Tensor],
+        sizes: Mapping[str, int],
+        ranges: tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]],
+        device: torch.device,
+        dtype: torch.dtype,
+    ) -> None:
+        self.leaves = leaves
+        self.sizes = sizes
+        self.ranges = ranges
+        self.device = device
+        self.dtype = dtype
+        self._indices: list[Tensor | None] = [None] * 4
+
+    def index(self, dim: int) -> Tensor:
+        """The index vector of one axis, int64, shaped to broadcast."""
+        found = self._indices[dim]
+        if found is None:
+            shape = [1, 1, 1, 1]
+            shape[dim] = -1
+            found = self._indices[dim] = torch.arange(*self.ranges[dim], device=self.device).view(shape)
+        return found
+
+
+@dataclass(frozen=True, slots=True)
+class _Step:
+    """`registers[out] = run(block, *registers[args])`."""
+
+    run: Callable[..., Value]
+    args: tuple[int, ...]
+    out: int
+
+
+class Evaluator:
+    """Some expressions of one spec, compiled together."""
+
+    def __init__(self, spec: AttentionSpec, exprs: Sequence[Expr]) -> None:
+        self._spec = spec
+        self._steps: list[_Step] = []
+        self._registers: dict[Expr, int] = {}
+        self._s = -1
+        self._outputs = [self._compile(e) for e in exprs]
+
+    def __call__(self, block: Block, s: Tensor | None = None) -> list[Value]:
+        """The values of the expressions, in order."""
+        registers: list[Value] = [0.0] * len(self._registers)
+        if self._s >= 0:
+            assert s is not None
+            registers[self._s] = s
+        for step in self._steps:
+            registers[step.out] = step.run(block, *[registers[a] for a in step.args])
+        return [registers[out] for out in self._outputs]
+
+    def _compile(self, expr: Expr) -> int:
+        if expr in self._registers:
+            return self._registers[expr]
+        args: tuple[int, ...] = ()
+        run: Callable[..., Value] | None
+        if isinstance(expr, Const):
+            value = expr.value
+            run = lambda block: value  # noqa: E731
+        elif isinstance(expr, Var):
+            run = None if expr.name == "s" else _variable(expr.name)
+        elif isinstance(expr, Load):
+            kind = self._spec.leaf(expr.leaf).kind
+            sliced = axes_of(expr)
+            if sliced is None:
+                args = tuple(self._compile(i) for i in expr.indices)
+                run = _gather(expr.leaf, kind)
+            else:
+                run = _slice(expr.leaf, sliced, kind)
+        else:
+            args = tuple(self._compile(a) for a in expr.args)
+            types = [self._spec.type_of(a) for a in expr.args]
+            run = _operation(expr.op, types, self._spec.type_of(expr))
+        out = self._registers[expr] = len(self._registers)
+        if run is None:
+            self._s = out
+        else:
+            self._steps.append(_Step(run, args, out))
+        return out
+
+
+def _variable(name: str) -> Callable[[Block], Value]:
+    if name in _DIMS:
+        dim = _DIMS[name]
+        return lambda block: block.index(dim)
+    return lambda block: block.sizes[name]
+
+
+def axes_of(load: Load) -> tuple[int, ...] | None:
+    """The axis that each index of a load runs along, or None where its indices are not distinct index variables."""
+    names = [i.name for i in load.indices if isinstance(i, Var) and i.name in _DIMS]
+    if len(names) < len(load.indices) or len(set(names)) < len(names):
+        return None
+    return tuple(_DIMS[name] for name in names)
+
+
+def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Value]:
+    order = sorted(range(len(dims)), key=lambda i: dims[i])
+    missing = [dim for dim in range(4) if dim not in dims]
+
+    def run(block: Block) -> Value:
+        x = block.leaves[leaf]
+        for at, dim in enumerate(dims):
+            first, last = block.ranges[dim]
+            if last > x.shape[at]:
+                return _read(block, leaf, kind, *(block.index(dim) for dim in dims))
+            if last - first < x.shape[at]:
+                x = x.narrow(at, first, last - first)
+        x = x.permute(order)
+        for dim in missing:
+            x = x.unsqueeze(dim)
+        return _element(x, block, kind)
+
+    return run
+
+
+def _gather(leaf: str, kind: str) -> Callable[..., Value]:
+    return lambda block, *indices: _read(block, leaf, kind, *indices)
+
+
+def _element(x: Tensor, block: Block, kind: str) -> Tensor:
+    return x if kind == "bool" else x.to(block.dtype if kind == "float" else torch.int64)
+
+
+def clamped(x: Tensor, indices: Sequence[Value]) -> tuple[Tensor, ...]:
+    """Indices as int64 tensors inside `x`."""
+    return tuple(
+        (i.long() if isinstance(i, Tensor) else torch.tensor(int(i), device=x.device)).clamp(0, max(size - 1, 0))
+        for i, size in zip(indices, x.shape, strict=True)
+    )
+
+
+def _read(block: Block, leaf: str, kind: str, *indices: Value) -> Value:
+    x = block.leaves[leaf]
+    if 0 in x.shape:
+        x = torch.zeros((), dtype=x.dtype, device=x.device)
+    elif indices:
+        x = x[clamped(x, indices)]
+    return _element(x, block, kind)
+
+
+def _floating(x: Value, dtype: torch.dtype) -> Value:
+    return x.to(dtype) if isinstance(x, Tensor) else float(x)
+
+
+def _tensor(x: Value, block: Block) -> Tensor:
+    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=block.dtype, device=block.device)
+
+
+def _operation(op: str, types: Sequence[str], result: str) -> Callable[..., Value]:
+    if op in _UNARY:
+        unary = _UNARY[op]
+        return lambda block, x: unary(_tensor(_floating(x, block.dtype), block))
+    if op == "float":
+        return lambda block, x: _floating(x, block.dtype)
+    if op == "where":
+        return _where(result == "float")
+    if op in ("and", "or", "not") or (op in ("eq", "ne") and types[0] == "bool"):
+        return _LOGIC[op]
+    mixed = "float" in types if op in BOOLEANS else result == "float"
+    if op in ("min", "max"):
+        return _extremum(op, mixed)
+    function = _ARITHMETIC[op]
+    if not mixed:
+        return lambda block, *args: function(*args)
+    if op in ("div", "pow"):
+        # numbers alone would raise where tensors give inf or nan
+        return lambda block, a, b: function(
+            _floating(a, block.dtype) if isinstance(a, Tensor) or isinstance(b, Tensor) else _tensor(float(a), block),
+            _floating(b, block.dtype),
+        )
+    return lambda block, *args: function(*(_floating(a, block.dtype) for a in args))
+
+
+def _where(floating: bool) -> Callable[..., Value]:
+    def run(block: Block, condition: Value, a: Value, b: Value) -> Value:
+        if not isinstance(condition, Tensor):
+            chosen = a if condition else b
+            return _floating(chosen, block.dtype) if floating else chosen
+        if floating:
+            a, b = _floating(a, block.dtype), _floating(b, block.dtype)
+            if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+                a = _tensor(a, block)
+        return torch.where(condition, a, b)
+
+    return run
+
+
+def _extremum(op: str, floating: bool) -> Callable[..., Value]:
+    function = torch.minimum if op == "min" else torch.maximum
+    numbers: Callable[..., float] = min if op == "min" else max
+
+    def run(block: Block, a: Value, b: Value) -> Value:
+        if floating:
+            a, b = _floating(a, block.dtype), _floating(b, block.dtype)
+        if not isinstance(a, Tensor) and not isinstance(b, Tensor):
+            return numbers(a, b)
+        known = a if isinstance(a, Tensor) else b
+        assert isinstance(known, Tensor)
+        a, b = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=known.dtype, device=known.device) for x in (a, b))
+        return function(a, b)
+
+    return run
+
+
+_UNARY: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
+    "tanh": torch.tanh,
+    "exp": torch.exp,
+    "log": torch.log,
+    "sqrt": torch.sqrt,
+    "rsqrt": torch.rsqrt,
+    "sigmoid": torch.sigmoid,
+}
+_LOGIC: Final[Mapping[str, Callable[..., Value]]] = {
+    "and": lambda block, a, b: a & b,
+    "or": lambda block, a, b: a | b,
+    "not": lambda block, a: ~a if isinstance(a, Tensor) else not a,
+    "eq": lambda block, a, b: a == b,
+    "ne": lambda block, a, b: a != b,
+}
+_ARITHMETIC: Final[Mapping[str, Callable[..., Value]]] = {
+    "add": operator.add,
+    "sub": operator.sub,
+    "mul": operator.mul,
+    "div": operator.truediv,
+    "floordiv": lambda a, b: _integer_division(operator.floordiv, a, b),
+    "mod": lambda a, b: _integer_division(operator.mod, a, b),
+    "neg": operator.neg,
+    "abs": abs,
+    "pow": operator.pow,
+    "le": operator.le,
+    "lt": operator.lt,
+    "ge": operator.ge,
+    "gt": operator.gt,
+    "eq": operator.eq,
+    "ne": operator.ne,
+}
+
+
+def _integer_division(function: Callable[..., Value], a: Value, b: Value) -> Value:
+    """Division by zero, which only a cell that some guard excludes may hold, gives something of no meaning."""
+    if isinstance(b, Tensor):
+        return function(a, b.masked_fill(b == 0, 1))
+    return function(a, b or 1)
+
+
+def varies(expr: Expr) -> frozenset[str]:
+    """The index variables that `expr` depends on."""
+    return free_vars(expr) & frozenset(_DIMS)

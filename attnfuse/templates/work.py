@@ -1,0 +1,234 @@
+"""One call of the CPU template: its operands, what is derived from its spec once, and the gradients it adds up."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnfuse.score import Expr, Load, S, derivative, free_vars, loads
+from attnfuse.spec import AttentionSpec, parse_spec
+from attnfuse.templates import dropout
+from attnfuse.templates.affine import Affine, affine
+from attnfuse.templates.base import Cotangents, Inputs
+from attnfuse.templates.cover import Mask, block_of, mask_of
+from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped
+
+# Scores of a block: what keeps it and its temporaries in the caches of one or two cores.
+BLOCK_CELLS: Final = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a spec's program says, compiled."""
+
+    spec: AttentionSpec
+    form: Affine | None
+    body: Evaluator
+    body_has_s: bool
+    tiers: Evaluator
+    sink: Evaluator | None
+
+
+@lru_cache(maxsize=1024)
+def meaning_of(text: str) -> Meaning:
+    """The program of the spec with that text, compiled."""
+    spec = parse_spec(text)
+    program = spec.program
+    return Meaning(
+        spec,
+        affine(program.body),
+        Evaluator(spec, [program.body]),
+        "s" in free_vars(program.body),
+        Evaluator(spec, [tier.allowed for tier in program.tiers]),
+        None if program.sink is None else Evaluator(spec, [program.sink]),
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Slopes:
+    """Derivatives of one expression of a spec: values come as [expression, d/ds, d/dload of each load of `loads`]."""
+
+    loads: tuple[Load, ...]
+    values: Evaluator
+    indices: tuple[Evaluator, ...]
+
+
+@lru_cache(maxsize=1024)
+def slopes_of(text: str, wanted: frozenset[str], of_sink: bool = False) -> Slopes:
+    """The derivatives of the body, or of the sink, by s and by every load of the leaves `wanted`."""
+    spec = parse_spec(text)
+    expr = spec.program.sink if of_sink else spec.program.body
+    assert expr is not None
+    found = tuple(load for load in loads(expr) if load.leaf in wanted)
+    by: list[Expr] = [S, *found]
+    exprs = [expr, *(derivative(expr, x) for x in by)]
+    return Slopes(found, Evaluator(spec, exprs), tuple(Evaluator(spec, load.indices) for load in found))
+
+
+class Work:
+    """One call.  Axes that are folded: query heads of one KV head go into rows, [b, Hkv, H / Hkv · rows, D]."""
+
+    def __init__(self, inputs: Inputs) -> None:
+        self.inputs = inputs
+        self.shape = inputs.shape
+        self.group = inputs.shape.H // inputs.shape.Hkv
+        self.meaning = meaning_of(inputs.text)
+        self.mask: Mask = mask_of(inputs.text)
+        self.dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+        self.dropout = inputs.spec.dropout
+        self.fills = frozenset(tier.fill for tier in inputs.spec.program.tiers)
+        self._k: Tensor | None = None
+        self._v: Tensor | None = None
+        self._sink: Tensor | None = None
+
+    @property
+    def k(self) -> Tensor:
+        """k in the accumulator's type."""
+        if self._k is None:
+            self._k = self.inputs.k.to(self.dtype)
+        return self._k
+
+    @property
+    def v(self) -> Tensor:
+        """v in the accumulator's type."""
+        if self._v is None:
+            self._v = self.inputs.v.to(self.dtype)
+        return self._v
+
+    @property
+    def sink(self) -> Tensor | None:
+        """The sink of each row, broadcast to [B, H, M]."""
+        if self.meaning.sink is None:
+            return None
+        if self._sink is None:
+            B, H, M = self.shape.B, self.shape.H, self.shape.M
+            value = self.meaning.sink(self.block((0, B), (0, H), (0, M), (0, 1)))[0]
+            self._sink = tensor_of(value, self.dtype).expand(B, H, M, 1)[..., 0]
+        return self._sink
+
+    def block(self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int]) -> Block:
+        """Cells of this call."""
+        return block_of(self.inputs, b, h, m, n)
+
+    def dropped(self, block: Block) -> Tensor:
+        """The cells of a block that dropout drops."""
+        seed = self.inputs.seed
+        assert seed is not None
+        rows = dropout.rows(seed, *(block.index(dim) for dim in range(3)))
+        return dropout.dropped(rows, dropout.keys(seed, block.index(3)), self.dropout)
+
+    def empty(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
+        """A tensor that is dense in the call's output order."""
+        return torch.empty_permuted(size, self.inputs.out_order, dtype=dtype)
+
+    def results(self) -> tuple[Tensor, Tensor]:
+        """Memory for out and lse."""
+        B, H, M, Dv = self.shape.B, self.shape.H, self.shape.M, self.shape.Dv
+        return self.empty((B, H, M, Dv), self.inputs.v.dtype), torch.empty((B, H, M), dtype=self.dtype)
+
+
+def tensor_of(value: Value, dtype: torch.dtype) -> Tensor:
+    """A value as a tensor of that type and four dimensions."""
+    if isinstance(value, Tensor):
+        return value.to(dtype).view((1,) * (4 - value.dim()) + value.shape)
+    return torch.full((1, 1, 1, 1), float(value), dtype=dtype)
+
+
+class Gradients:
+    """Gradients under construction; accumulators are of the accumulator's type, dq is written row by row."""
+
+    def __init__(self, work: Work, cotangents: Cotangents) -> None:
+        shape, inputs = work.shape, work.inputs
+        self.work = work
+        self.needs = cotangents.needs
+        self.out, self.lse, self.dlse = cotangents.out, cotangents.lse, cotangents.dlse
+        dout = cotangents.dout
+        self.dout = dout if dout is not None else torch.zeros((), dtype=inputs.v.dtype).expand(cotangents.out.shape)
+        q, k, v = self.needs[:3]
+        self.dq = work.empty((shape.B, shape.H, shape.M, shape.D), inputs.q.dtype).zero_() if q else None
+        kv = (shape.B, shape.Hkv, shape.N)
+        self.dk = torch.zeros((*kv, shape.D), dtype=work.dtype) if k else None
+        self.dv = torch.zeros((*kv, shape.Dv), dtype=work.dtype) if v else None
+        self.leaves = {
+            leaf.name: torch.zeros(x.shape, dtype=work.dtype)
+            for leaf, x, needed in zip(inputs.spec.leaves, inputs.leaves, self.needs[3:], strict=True)
+            if needed
+        }
+        self.wanted = frozenset(self.leaves)
+        body = {load.leaf for load in loads(inputs.spec.program.body)}
+        self.from_body = self.wanted & body
+        self._delta: Tensor | None = None
+        self._row_lse: Tensor | None = None
+
+    @property
+    def scores_needed(self) -> bool:
+        """Whether any gradient flows through the scores."""
+        return self.dq is not None or self.dk is not None or bool(self.from_body)
+
+    @property
+    def delta(self) -> Tensor:
+        """Σ dout·out of each row, [B, H, M]."""
+        if self._delta is None:
+            self._delta = (self.dout.to(self.work.dtype) * self.out).sum(-1)
+        return self._delta
+
+    @property
+    def row_lse(self) -> Tensor:
+        """The log-sum-exp of each row with the sink, [B, H, M]."""
+        if self._row_lse is None:
+            sink = self.work.sink
+            self._row_lse = self.lse if sink is None else torch.logaddexp(self.lse.to(self.work.dtype), sink)
+        return self._row_lse
+
+    def add(self, load: Load, indices: Evaluator, block: Block, grad: Tensor) -> None:
+        """Adds the gradient of the elements that `load` reads in a block, given for each cell."""
+        total = self.leaves[load.leaf]
+        dims = axes_of(load)
+        if dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True)):
+            missing = [d for d in range(4) if d not in dims]
+            if missing:
+                grad = grad.sum(missing, keepdim=True)
+            order = sorted(range(len(dims)), key=lambda i: dims[i])
+            part = total
+            for place, d in enumerate(dims):
+                part = part.narrow(place, block.ranges[d][0], block.ranges[d][1] - block.ranges[d][0])
+            part.permute(order).add_(grad.squeeze(missing) if missing else grad)
+            return
+        if dims == ():
+            total.add_(grad.sum())
+            return
+        at = torch.broadcast_tensors(*clamped(total, indices(block)))  # type: ignore[no-untyped-call]
+        shape = (1,) * (4 - at[0].dim()) + at[0].shape
+        missing = [d for d in range(4) if shape[d] == 1 and grad.shape[d] > 1]
+        if missing:
+            grad = grad.sum(missing, keepdim=True)
+        total.index_put_(tuple(i.view(shape) for i in at), grad, accumulate=True)
+
+    def finish_sink(self) -> None:
+        """Adds the gradient of the sink's leaves."""
+        work = self.work
+        wanted = self.wanted & {load.leaf for load in loads(work.inputs.spec.program.sink or S)}
+        sink = work.sink
+        if sink is None or not wanted:
+            return
+        slopes = slopes_of(work.inputs.text, wanted, of_sink=True)
+        shape = work.shape
+        block = work.block((0, shape.B), (0, shape.H), (0, shape.M), (0, 1))
+        dsink = (-torch.sigmoid(sink - self.lse) * self.delta)[..., None]
+        for load, indices, slope in zip(slopes.loads, slopes.indices, slopes.values(block)[2:], strict=True):
+            self.add(load, indices, block, dsink * slope)
+
+    def results(self) -> list[Tensor]:
+        """The wanted gradients in the order of the operands."""
+        inputs = self.work.inputs
+        out = [] if self.dq is None else [self.dq]
+        for total, x in ((self.dk, inputs.k), (self.dv, inputs.v)):
+            if total is not None:
+                B, H, N, D = total.shape
+                out.append(self.work.empty((B, H, N, D), x.dtype).copy_(total))
+        named = zip(inputs.spec.leaves, inputs.leaves, strict=True)
+        return out + [self.leaves[leaf.name].to(x.dtype) for leaf, x in named if leaf.name in self.leaves]
