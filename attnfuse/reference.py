@@ -59,7 +59,7 @@ def attention(
     heads = q.shape[1] // k.shape[1]
     k, v = (x.repeat_interleave(heads, dim=1) for x in (k, v))
     scores = q @ k.transpose(-2, -1)
-    values = _Evaluator(spec, leaves, sizes, scores, k.shape[1] // heads, dtype)
+    values = Evaluator(spec, leaves, sizes, scores, k.shape[1] // heads, dtype)
 
     normal = torch.ones_like(scores, dtype=torch.bool)  # [B, H, M, N], as all that follow
     minimal = torch.zeros_like(normal)
@@ -148,8 +148,8 @@ class _Value(NamedTuple):
     defined: Tensor | None = None
 
 
-class _Evaluator:
-    """Expressions over all of [B, H, M, N] at once."""
+class Evaluator:
+    """Expressions over all of [B, H, M, N] at once; `scores` is `s`."""
 
     def __init__(
         self,

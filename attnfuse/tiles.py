@@ -150,7 +150,7 @@ def never_empty(bounds: Bounds, shape: Shape | None = None, *, queries_within_ke
     """
     if bounds.residual:
         return False
-    proof = _Proof(shape, queries_within_keys or (shape is not None and shape.M <= shape.N))
+    proof = _Proof(shape, queries_within_keys)
     pairs = product((_ZERO, *bounds.lower), (_KEYS, *bounds.upper))
     return all(proof.at_least(call("sub", upper, lower), 1) for lower, upper in pairs)
 
@@ -233,16 +233,15 @@ def _interval_of_form(form: Linear, env: Env) -> Range:
 
 
 def _compare(op: str, a: Range, b: Range) -> Range:
-    """Only finite ends decide: what may have any value may be NaN, and that is not less than inf."""
     if op in ("gt", "ge"):
         return _compare("lt" if op == "gt" else "le", b, a)
     below, above = a[1] < b[0], a[0] > b[1]
     if op in ("lt", "le"):
         yes, no = below, above
         if op == "lt":
-            no = no or (a[0] == b[1] and math.isfinite(a[0]))
+            no = no or a[0] == b[1]
         else:
-            yes = yes or (a[1] == b[0] and math.isfinite(a[1]))
+            yes = yes or a[1] == b[0]
     else:
         yes, no = a[0] == a[1] == b[0] == b[1], below or above
         if op == "ne":
@@ -513,7 +512,9 @@ class _Proof:
             one_is_enough = (atom.op == "max") == (factor > 0)
             return (any if one_is_enough else all)(replaced(a) for a in atom.args)
         if atom.op == "abs":
-            return (any if factor > 0 else all)((replaced(x), replaced(x, -factor)))
+            if factor > 0:
+                return self._never_negative(rest) or replaced(x) or replaced(x, -factor)
+            return replaced(x) and replaced(x, -factor)
         if atom.op == "where":
             return all(replaced(a) for a in atom.args[1:])
         if atom.op == "mul":
@@ -524,11 +525,11 @@ class _Proof:
         if atom.op == "mod":
             return replaced(_ZERO if factor > 0 else Const(int(step) - 1))
         if atom.op == "floordiv":
-            # x - (step - 1) <= step·(x // step) <= x, and x // step has the sign of x
+            # x - (step - 1) <= step·(x // step) <= x, and 0 <= x // step if 0 <= x
             whole, left = divmod(factor, int(step))
             if left == 0 and replaced(x if factor < 0 else Call("sub", (x, Const(int(step) - 1))), whole):
                 return True
-            return self.at_least(x, 0) and replaced(_ZERO if factor > 0 else x)
+            return self.at_least(x, 0) and (self._never_negative(rest) if factor > 0 else replaced(x, whole))
         return False
 
     def _sum_never_negative(self, form: Linear) -> bool:

@@ -1,0 +1,134 @@
+"""The numerics contract, the one measure of closeness in all tests: `assert_close`.  Its constants hold for every test."""
+
+import torch
+from torch import Tensor
+
+from attnfuse.reference import Evaluator, attention
+from attnfuse.score import Call, Const, Expr, Load, Program, S, Var, loads, substitute
+from attnfuse.spec import AttentionSpec, Leaf
+
+ERROR_FACTOR = 2  # of the original spelling's own error
+EPSILONS = 4  # of the dtype, relative to the scale
+
+
+def assert_close(actual: Tensor, original: Tensor, exact: Tensor, scale: float | None = None, what: str = "") -> None:
+    """Asserts max|actual - exact| <= 2·max|original - exact| + 4·eps(actual.dtype)·scale, with NaN and inf in the same places.
+
+    Args:
+        actual: what is tested.
+        original: what the replaced spelling gives in the same dtype.
+        exact: what it gives in float64.
+        scale: S of the contract; max|exact| if not given, which is right for outputs.  For a gradient: the greatest sum of
+            absolute values of the terms that it adds up (`gradient_scales`).
+        what: named in the failure message.
+    """
+    name = what or "result"
+    if not actual.shape == original.shape == exact.shape:
+        shapes = f"actual {list(actual.shape)}, original {list(original.shape)}, exact {list(exact.shape)}"
+        raise AssertionError(f"{name}: shapes differ: {shapes}")
+    if exact.dtype != torch.float64:
+        raise AssertionError(f"{name}: exact is {exact.dtype}, expected float64")
+    eps = torch.finfo(actual.dtype).eps
+    actual, original, exact = (x.detach().to("cpu", torch.float64) for x in (actual, original, exact))
+    for which, x in (("actual", actual), ("original", original)):
+        _assert_same_special(name, which, x, exact)
+    finite = exact.isfinite()
+    errors = torch.where(finite, (actual - exact).abs(), 0.0)
+    error = _greatest(errors)
+    error_of_original = _greatest(torch.where(finite, (original - exact).abs(), 0.0))
+    greatest = _greatest(torch.where(finite, exact.abs(), 0.0))
+    limit = ERROR_FACTOR * error_of_original + EPSILONS * eps * (greatest if scale is None else scale)
+    if not error <= limit:
+        at = tuple(int(i) for i in torch.unravel_index(errors.argmax(), errors.shape))
+        raise AssertionError(
+            f"{name}: error {error:.3e} at {list(at)} (actual {actual[at]:.9g}, original {original[at]:.9g}, exact "
+            f"{exact[at]:.9g}) is above the limit {limit:.3e} = {ERROR_FACTOR}·{error_of_original:.3e} (error of the "
+            f"original) + {EPSILONS}·{eps:.3e} (eps)·{greatest if scale is None else scale:.3e} "
+            f"({'max|exact|' if scale is None else 'scale'}); {int((errors > limit).sum())} of {errors.numel()} elements are"
+        )
+
+
+def _greatest(x: Tensor) -> float:
+    return float(x.max()) if x.numel() else 0.0
+
+
+def _assert_same_special(name: str, which: str, x: Tensor, exact: Tensor) -> None:
+    """NaN where exact has NaN, inf where it has inf, finite where it is finite."""
+    same = (x == exact) | (x.isnan() & exact.isnan()) | (x.isfinite() & exact.isfinite())
+    if not bool(same.all()):
+        at = tuple(int(i) for i in (~same).nonzero()[0])
+        raise AssertionError(
+            f"{name}: {which} and exact differ in NaN, inf or finite at {int((~same).sum())} of {same.numel()} elements, "
+            f"first at {list(at)}: {which} {float(x[at])}, exact {float(exact[at])}"
+        )
+
+
+def gradient_scales(
+    spec: AttentionSpec,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    leaves: list[Tensor],
+    dout: Tensor,
+    sizes: tuple[int, ...] = (),
+    keep: Tensor | None = None,
+) -> dict[str, float]:
+    """S of the contract for the gradients of q, k, v and each floating-point leaf, by name.
+
+    Each is the maximum, in float64, of the reduction that makes the gradient, over the absolute values of its terms.
+    """
+    q, k, v, dout = (x.detach().double() for x in (q, k, v, dout))
+    B, H, M, _ = q.shape
+    Hkv, N = k.shape[1:3]
+    leaves = [x.detach().double() if x.is_floating_point() else x for x in leaves]
+    floating = [leaf.name for leaf in spec.leaves if leaf.kind == "float"]
+    body, sink = spec.program.body, spec.program.sink
+    # A probe of zeros added to `s` and to every load has the terms as its gradient.
+    probed: list[tuple[Expr, Expr]] = [(S, Var("n"))]
+    probed += [(load, Var("n")) for load in loads(body) if load.leaf in floating]
+    probed += [(load, Const(0)) for load in ([] if sink is None else loads(sink)) if load.leaf in floating]
+    probes = [torch.zeros(B, H, M, N, dtype=torch.float64, requires_grad=True) for _ in probed]
+    index = (Var("b"), Var("h"), Var("m"))
+    with_probe = [
+        {target: Call("add", (target, Load(f"probe{at}", (*index, last))))} for at, (target, last) in enumerate(probed)
+    ]
+    for target_and_sum, (_, last) in zip(with_probe, probed, strict=True):
+        if last == Var("n"):
+            body = substitute(body, target_and_sum)
+        elif sink is not None:
+            sink = substitute(sink, target_and_sum)
+    program = Program(body, spec.program.tiers, sink)
+    declared = (*spec.leaves, *(Leaf(f"probe{at}", "f64", 4) for at in range(len(probes))))
+    declared = tuple(Leaf(x.name, "f64", x.rank) if x.kind == "float" else x for x in declared)
+    out, _ = attention(AttentionSpec(program, declared, spec.dropout), q, k, v, [*leaves, *probes], sizes, keep)
+    terms = [
+        torch.zeros_like(probe) if g is None else g.abs().nan_to_num(0.0, 0.0, 0.0)
+        for probe, g in zip(probes, torch.autograd.grad(out, probes, dout, allow_unused=True), strict=True)
+    ]
+
+    def per_kv_head(x: Tensor) -> Tensor:
+        return x.reshape(B, Hkv, H // Hkv, *x.shape[2:]).sum(2)
+
+    group = H // Hkv
+    typed = AttentionSpec(spec.program, tuple(x for x in declared if not x.name.startswith("probe")), spec.dropout)
+    eye = torch.eye(N, dtype=torch.float64).expand(B, Hkv, N, N)
+    weights = attention(typed, q, k, eye, leaves, sizes, keep)[0].nan_to_num(0.0, 0.0, 0.0)
+    scales = {
+        "q": _greatest(terms[0] @ k.abs().repeat_interleave(group, 1)),
+        "k": _greatest(per_kv_head(terms[0].mT @ q.abs())),
+        "v": _greatest(per_kv_head(weights.mT @ dout.abs())),
+    }
+    inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in leaves]
+    values = Evaluator(typed, inputs, sizes, q @ k.repeat_interleave(group, 1).mT, Hkv, torch.float64)
+    gathered = torch.zeros((), dtype=torch.float64)
+    for (target, _), term in zip(probed[1:], terms[1:], strict=True):
+        gathered = gathered + (values.of(target, term != 0) * term).sum()
+    for leaf, x in zip(spec.leaves, inputs, strict=True):
+        if leaf.kind == "float":
+            used = (
+                torch.autograd.grad(gathered, x, retain_graph=True, allow_unused=True)[0]
+                if gathered.requires_grad
+                else None
+            )
+            scales[leaf.name] = 0.0 if used is None else _greatest(used)
+    return scales
