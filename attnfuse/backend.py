@@ -157,4 +157,64 @@ def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[s
 
 
 def _without_attention_patterns(patches: Mapping[str, Any]) -> dict[str, Any]:
-    return {}
+    """Config patches under which Inductor's attention patterns find nothing in the graph that is being compiled.
+
+    Inductor has no switch for them alone.  Its hooks before and after the patterns hide the value products of what attnfuse left
+    alone and show them again; both have a uuid, so the caches tell such graphs from stock's.
+    """
+    from torch._inductor import config
+    from torch._inductor.custom_graph_pass import CustomGraphPass
+
+    class Hook(CustomGraphPass):
+        def __init__(self, step: Callable[[fx.Graph], None], other: Any) -> None:
+            self.step = step
+            self.others = other if isinstance(other, list | tuple) else [other] if other is not None else []
+
+        def __call__(self, graph: fx.Graph) -> None:
+            for other in self.others:
+                other(graph)
+            self.step(graph)
+
+        def uuid(self) -> Any:
+            theirs = [other.uuid() if isinstance(other, CustomGraphPass) else None for other in self.others]
+            # an unknown pass of the user's makes the graph uncacheable, as it does without attnfuse
+            return None if None in theirs else ("attnfuse", __version__, self.step.__name__, *theirs)
+
+    def before(name: str) -> Any:
+        return patches[name] if name in patches else getattr(config, name)
+
+    return {
+        "joint_custom_pre_pass": Hook(_hide_value_products, before("joint_custom_pre_pass")),
+        "joint_custom_post_pass": Hook(_show_value_products, before("joint_custom_post_pass")),
+    }
+
+
+def _hidden_bmm(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return torch.ops.aten.bmm.default(weights, value)
+
+
+def _hide_value_products(graph: fx.Graph) -> None:
+    """Every product that reads a softmax becomes an operator that no pattern names."""
+    for node in graph.find_nodes(op="call_function", target=torch.ops.aten.bmm.default):
+        if _reads_softmax(node):
+            node.target = _hidden_bmm
+
+
+def _show_value_products(graph: fx.Graph) -> None:
+    for node in graph.find_nodes(op="call_function", target=_hidden_bmm):
+        node.target = torch.ops.aten.bmm.default
+
+
+def _reads_softmax(node: fx.Node, reach: int = 12) -> bool:
+    """Whether an exponential or a softmax stands above the node with no other product in between."""
+    products = (torch.ops.aten.bmm.default, _hidden_bmm, torch.ops.aten.mm.default, torch.ops.aten.addmm.default)
+    softmaxes = (torch.ops.aten.exp.default, torch.ops.aten._softmax.default, torch.ops.aten._safe_softmax.default)
+    todo, seen = [(x, reach) for x in node.all_input_nodes], set()
+    while todo:
+        at, left = todo.pop()
+        if at.target in softmaxes:
+            return True
+        if left and at not in seen and at.target not in products:
+            seen.add(at)
+            todo.extend((x, left - 1) for x in at.all_input_nodes)
+    return False
