@@ -308,9 +308,11 @@ def _apply(function: Any, *args: Any) -> Any:
     return function.apply(*args)
 
 
+_unpack_dual: Any = forward_ad.unpack_dual
+
+
 def _has_tangent(x: Tensor) -> bool:
-    tangent = forward_ad.unpack_dual(x).tangent  # type: ignore[no-untyped-call]
-    return tangent is not None
+    return _unpack_dual(x).tangent is not None
 
 
 def _forward_autograd(
@@ -326,9 +328,7 @@ def _forward_autograd(
     abi: int,
 ) -> tuple[Tensor, Tensor]:
     below = keys & _BELOW_AUTOGRAD
-    if forward_ad._current_level >= 0 and any(
-        forward_ad.unpack_dual(x).tangent is not None for x in (q, k, v, *leaves)
-    ):
+    if forward_ad._current_level >= 0 and any(map(_has_tangent, (q, k, v, *leaves))):
         _refuse("forward-mode differentiation")
     if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, leaves):
         if torch._C._are_functorch_transforms_active():

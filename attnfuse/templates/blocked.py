@@ -1,6 +1,7 @@
 """The CPU template: row blocks over the key range that the mask leaves, for every spec, forward and backward.
 
-`cover` says which cells a call needs; each segment of rows goes through `plain_step`, matrix products and a softmax over a
+`cover` says which cells a call needs.  Each segment of rows goes through one of two inner steps: `flash_step`, the library's
+flash kernel, where the score is `s*scale + bias` without dropout, else `plain_step`, matrix products and a softmax over a
 block.  Rows without any allowed key are `degenerate`'s.
 
 Scores, softmax and accumulators are fp32 (fp64 for fp64 inputs).  Memory beyond operands and results: a few blocks of rows
@@ -13,7 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.spec import AttentionSpec, Shape
-from attnfuse.templates import degenerate, plain_step
+from attnfuse.templates import degenerate, flash_step, plain_step
 from attnfuse.templates.base import Cotangents, Inputs, Target, Tiles
 from attnfuse.templates.cover import cover
 from attnfuse.templates.plain_step import Rows
@@ -36,21 +37,24 @@ class Blocked:
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and lse, see `Kernel.forward`."""
         work = Work(inputs)
-        out, lse = work.results()
         if _nothing_to_do(inputs.shape):
+            out, lse = work.results()
             return out.zero_(), lse.fill_(-torch.inf)
-        for run in cover(inputs):
+        step = flash_step if flash_step.serves(work) else plain_step
+        runs = cover(inputs)
+        found = flash_step.whole(work, runs[0]) if step is flash_step else None
+        if found is not None:
+            return _finished(work, *found)
+        out, lse = work.results()
+        for run in runs:
             for segment in run.segments:
                 if segment.empty:
                     rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
                     degenerate.forward(work, rows, out, lse)
                     continue
-                for rows in plain_step.forward(work, run, segment, out, lse):
+                for rows in step.forward(work, run, segment, out, lse):
                     degenerate.forward(work, rows, out, lse)
-        if work.sink is not None:
-            beside_sink = torch.sigmoid(lse - work.sink)
-            out.mul_(beside_sink[..., None]).masked_fill_((beside_sink == 0)[..., None], 0.0)
-        return out, lse
+        return _finished(work, out, lse)
 
     def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
         """The wanted gradients, see `Kernel.backward`."""
@@ -58,13 +62,14 @@ class Blocked:
         grads = Gradients(work, cotangents)
         if _nothing_to_do(inputs.shape):
             return grads.results()
+        step = flash_step if flash_step.serves(work) and flash_step.differentiates(grads) else plain_step
         for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
                     rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
                     degenerate.backward(work, rows, grads)
                     continue
-                for rows in plain_step.backward(work, run, segment, grads):
+                for rows in step.backward(work, run, segment, grads):
                     degenerate.backward(work, rows, grads)
         grads.finish_sink()
         return grads.results()
@@ -73,3 +78,12 @@ class Blocked:
 def _nothing_to_do(shape: Shape) -> bool:
     """No row, or no key: rows without keys are zeros, whatever the program says."""
     return 0 in (shape.B, shape.H, shape.M, shape.N)
+
+
+def _finished(work: Work, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
+    """Results with the sink, in the layout that is asked for."""
+    if work.sink is not None:
+        # beside a sink, rows whose scores are all -inf or that have no key are zeros
+        share = torch.sigmoid(lse - work.sink)[..., None]
+        out = (out * share).masked_fill_(share == 0, 0.0)
+    return work.laid_out(out, work.inputs.v.dtype), lse.contiguous()

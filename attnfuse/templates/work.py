@@ -125,6 +125,12 @@ class Work:
         """A tensor that is dense in the call's output order."""
         return torch.empty_permuted(size, self.inputs.out_order, dtype=dtype)
 
+    def laid_out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
+        """`x` in that type, dense in the call's output order."""
+        if x.dtype == dtype and x.permute(self.inputs.out_order).is_contiguous():
+            return x
+        return torch.empty_permuted(x.shape, self.inputs.out_order, dtype=dtype).copy_(x)
+
     def results(self) -> tuple[Tensor, Tensor]:
         """Memory for out and lse."""
         B, H, M, Dv = self.shape.B, self.shape.H, self.shape.M, self.shape.Dv
@@ -146,8 +152,8 @@ class Gradients:
         self.work = work
         self.needs = cotangents.needs
         self.out, self.lse, self.dlse = cotangents.out, cotangents.lse, cotangents.dlse
-        dout = cotangents.dout
-        self.dout = dout if dout is not None else torch.zeros((), dtype=inputs.v.dtype).expand(cotangents.out.shape)
+        zero = torch.zeros((), dtype=inputs.v.dtype)
+        self.dout = zero.expand(cotangents.out.shape) if cotangents.dout is None else cotangents.dout
         q, k, v = self.needs[:3]
         self.dq = work.empty((shape.B, shape.H, shape.M, shape.D), inputs.q.dtype).zero_() if q else None
         kv = (shape.B, shape.Hkv, shape.N)
@@ -228,7 +234,6 @@ class Gradients:
         out = [] if self.dq is None else [self.dq]
         for total, x in ((self.dk, inputs.k), (self.dv, inputs.v)):
             if total is not None:
-                B, H, N, D = total.shape
-                out.append(self.work.empty((B, H, N, D), x.dtype).copy_(total))
+                out.append(self.work.laid_out(total, x.dtype))
         named = zip(inputs.spec.leaves, inputs.leaves, strict=True)
         return out + [self.leaves[leaf.name].to(x.dtype) for leaf, x in named if leaf.name in self.leaves]
