@@ -8,7 +8,7 @@ from typing import Any, Final
 from torch import fx
 
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
-from attnfuse.passes.index import Digit, Index, Size, Unliftable, regroup, same, value
+from attnfuse.passes.index import Digit, Index, Size, Unliftable, product, regroup, same, value
 from attnfuse.score import Const, call
 
 VIEWS: Final = (
@@ -96,7 +96,7 @@ def _sliced(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequ
     if first == 0 and step == 1:
         # the index stays itself; only the range behind it is longer
         kept = index[dim]
-        if len(kept) > 1 and not same(kept[0].size, size):
+        if kept and not same(product([digit.size for digit in kept]), size):
             kept = (Digit(value(kept), size),)
         return (*index[:dim], kept if not same(size, 1) else (), *index[dim + 1 :])
     moved = call("add", call("mul", value(index[dim]), Const(step)), Const(first))
