@@ -259,6 +259,9 @@ def _choice(at: At, condition: Any, a: Any, b: Any) -> Expr:
     chosen = at.operand(condition)
     result, dtype = at.kind, at.dtype
     arms = [rounded(converted(at.operand(x), kind(x), result), dtype) for x in (a, b)]
+    if chosen == call("ne", arms[1], Const(0.0)) and not (is_tensor(b) and fake(b).requires_grad):
+        # `x.masked_fill(x.bool(), c)`: what is left of x is zero
+        arms[1] = Const(0.0)
     return call("where", chosen, *arms)
 
 
@@ -335,7 +338,11 @@ def _triangle(at: At) -> Expr:
     inside = call("le" if at.name == "tril" else "ge", column, edge)
     zero = {"bool": Const(False), "int": Const(0), "float": Const(0.0)}[at.kind]
     inner = at.lift(args["self"])
-    return call("and", inside, inner) if at.kind == "bool" else call("where", inside, inner, zero)
+    if at.kind == "bool":
+        return call("and", inside, inner)
+    if isinstance(inner, Call) and inner.op == "where" and inner.args[2] == zero:
+        return call("where", call("and", inside, inner.args[0]), inner.args[1], zero)
+    return call("where", inside, inner, zero)
 
 
 @_rule("diff")
