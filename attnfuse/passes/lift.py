@@ -225,6 +225,11 @@ class Lifter:
         used = free_vars(expr)
         if isinstance(expr, Load) or not loads(expr) or "s" in used or {"m", "n"} <= used:
             return expr
+        if isinstance(expr, Call) and expr.op == "not" and isinstance(expr.args[0], Load):
+            return expr
+        if not any(used <= free_vars(load) for load in loads(expr)):
+            # larger than the data it is made of, such as `n < lengths[b]`
+            return expr
         if not frozenset().union(*(free_vars(digit.expr) for dim in index for digit in dim)) <= used:
             return expr
         if fake(node).dtype.is_floating_point and any(isinstance(e, Call) and e.op == "where" for e in walk(expr)):
