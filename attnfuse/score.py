@@ -16,7 +16,7 @@ import math
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from typing import Final, NoReturn
+from typing import Final, NoReturn, TypeVar
 
 INDICES: Final = ("b", "h", "m", "n")
 SIZES: Final = ("B", "H", "Hkv", "M", "N")
@@ -146,6 +146,7 @@ _INFIX: Final[Mapping[str, tuple[str, int]]] = {
     "%": ("mod", 6),
 }
 _NOT, _NEG, _ATOM = 3, 7, 9
+_MAX_DIGITS: Final = 1000
 _SYMBOL: Final = {op: (symbol, strength) for symbol, (op, strength) in _INFIX.items()}
 FUNCTIONS: Final[Mapping[str, int]] = {
     "where": 3,
@@ -164,6 +165,7 @@ FUNCTIONS: Final[Mapping[str, int]] = {
 OPS: Final = (*(op for op, _ in _INFIX.values()), "not", "neg", *FUNCTIONS)
 COMPARISONS: Final = ("le", "lt", "ge", "gt", "eq", "ne")
 BOOLEANS: Final = (*COMPARISONS, "and", "or", "not")
+_ALWAYS_FLOAT: Final = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float")
 
 _TOKEN: Final = re.compile(
     r"\s*(?:(?P<fill>-inf\b|\+min\b|=min\b|0row\b)|(?P<float>(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?)|(?P<int>\d+)"
@@ -200,12 +202,15 @@ def _print(expr: Expr, outer: int) -> str:
     return f"({text})" if strength < outer else text
 
 
+_Read = TypeVar("_Read")
+
+
 class _Parser:
     def __init__(self, text: str) -> None:
         self.text = text
         self.tokens: list[tuple[str, str, int]] = []
-        at = 0
-        while text[at:].strip():
+        at, end = 0, len(text.rstrip())
+        while at < end:
             match = _TOKEN.match(text, at)
             kind = match.lastgroup if match else None
             if match and kind == "fill" and not self._after_else():
@@ -217,7 +222,7 @@ class _Parser:
                 raise ScoreSyntaxError(f"unexpected {text[column]!r}", text, column)
             self.tokens.append((kind, match[kind], match.start(kind)))
             at = match.end()
-        self.tokens.append(("end", "", len(text.rstrip())))
+        self.tokens.append(("end", "", end))
         self.at = 0
 
     def _after_else(self) -> bool:
@@ -226,6 +231,10 @@ class _Parser:
     @property
     def now(self) -> tuple[str, str, int]:
         return self.tokens[self.at]
+
+    @property
+    def found(self) -> str:
+        return repr(self.now[1]) if self.now[1] else "the end"
 
     def fail(self, message: str) -> NoReturn:
         raise ScoreSyntaxError(message, self.text, self.now[2])
@@ -238,7 +247,19 @@ class _Parser:
 
     def expect(self, word: str) -> None:
         if not self.take(word):
-            self.fail(f"expected {word!r}, found {self.now[1] or 'the end'!r}")
+            self.fail(f"expected {word!r}, found {self.found}")
+
+    def read(self, rule: Callable[[_Parser], _Read]) -> _Read:
+        try:
+            return rule(self)
+        except RecursionError:
+            pass
+        self.fail("nested too deeply")
+
+    def single(self) -> Expr:
+        expr = self.expression(0)
+        self.end()
+        return expr
 
     def program(self) -> Program:
         body = self.expression(0)
@@ -248,7 +269,7 @@ class _Parser:
             self.expect("else")
             kind, fill, _ = self.now
             if kind != "fill":
-                self.fail(f"expected a fill ({', '.join(FILLS)}), found {fill or 'the end'!r}")
+                self.fail(f"expected a fill ({', '.join(FILLS)}), found {self.found}")
             self.at += 1
             tiers.append(Tier(allowed, fill))
         sink = self.expression(0) if self.take("sink") else None
@@ -278,6 +299,9 @@ class _Parser:
         if kind == "float":
             return Const(float(text))
         if kind == "int":
+            if len(text) > _MAX_DIGITS:
+                self.at -= 1
+                self.fail(f"an integer of {len(text)} digits, at most {_MAX_DIGITS} are read")
             return Const(int(text))
         if text == "(":
             inner = self.expression(0)
@@ -323,15 +347,12 @@ class _Parser:
 
 def parse(text: str) -> Program:
     """The program that `text` spells.  Raises ScoreSyntaxError with the position of the first fault."""
-    return _Parser(text).program()
+    return _Parser(text).read(_Parser.program)
 
 
 def parse_expr(text: str) -> Expr:
     """The single expression that `text` spells.  Raises ScoreSyntaxError."""
-    parser = _Parser(text)
-    expr = parser.expression(0)
-    parser.end()
-    return expr
+    return _Parser(text).read(_Parser.single)
 
 
 def walk(expr: Expr) -> Iterator[Expr]:
@@ -378,7 +399,20 @@ def is_int(expr: Expr) -> bool:
         return False
     if expr.op == "where":
         return all(is_int(a) for a in expr.args[1:])
-    return expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs") and all(map(is_int, expr.args))
+    return expr.op in ("add", "sub", "mul", "neg", "floordiv", "mod", "min", "max", "abs") and all(
+        map(is_int, expr.args)
+    )
+
+
+def is_float(expr: Expr) -> bool:
+    """Whether `expr` is known to be a floating-point number (a load's type is not known here)."""
+    if isinstance(expr, Const):
+        return type(expr.value) is float
+    if isinstance(expr, Var | Load):
+        return expr == S
+    if expr.op in ("add", "sub", "mul", "neg", "abs", "min", "max", "where"):
+        return any(map(is_float, expr.args[1:] if expr.op == "where" else expr.args))
+    return expr.op in _ALWAYS_FLOAT
 
 
 def is_bool(expr: Expr) -> bool:
@@ -421,9 +455,11 @@ def _fold(op: str, values: list[bool | int | float]) -> Expr | None:
         return Const(_INT_FOLD[op](*values))  # type: ignore[arg-type]
     if any(type(v) is float and not math.isfinite(v) for v in values):
         return None
+    floating = any(type(v) is float for v in values)
     if op in _FLOAT_FOLD:
-        return Const(_INT_FOLD[op](*values))  # type: ignore[arg-type]
-    if op in ("add", "sub", "mul") and any(type(v) is float for v in values):
+        chosen: bool | int | float = _INT_FOLD[op](*values)  # type: ignore[assignment]
+        return Const(float(chosen) if floating and op in ("min", "max") else chosen)
+    if op in ("add", "sub", "mul") and floating:
         # exact where integers are small or one operand is neutral
         result = float(_INT_FOLD[op](*values))  # type: ignore[arg-type]
         small = all(float(v).is_integer() and abs(v) <= 1 for v in values)
@@ -433,7 +469,9 @@ def _fold(op: str, values: list[bool | int | float]) -> Expr | None:
 
 def call(op: str, *args: Expr) -> Expr:
     """`Call(op, args)` after local simplification that changes no value: constants, neutral elements, truth values, linear
-    integer comparisons (kept as `n <= …` where `n` can stand alone)."""
+    integer comparisons (kept as `n <= …` where `n` can stand alone).
+
+    Types stay too, but two loads that a choice is between are taken to have one type."""
     constants = [a.value for a in args if isinstance(a, Const)]
     if len(constants) == len(args) and op not in ("where", "not", "and", "or", "float"):
         folded = _fold(op, constants)
@@ -448,6 +486,11 @@ def call(op: str, *args: Expr) -> Expr:
 
 def _is(expr: Expr, value: float) -> bool:
     return isinstance(expr, Const) and type(expr.value) is not bool and expr.value == value
+
+
+def _neutral(expr: Expr, value: int, other: Expr) -> bool:
+    """Whether `expr` is a literal `value` that can be left out beside `other` without changing the type of the result."""
+    return _is(expr, value) and (is_int(expr) or is_float(other))
 
 
 def _arms(expr: Expr) -> bool:
@@ -479,9 +522,9 @@ def _int_where(op: str, left: Expr, right: Expr) -> Expr | None:
 
 
 def _add(a: Expr, b: Expr) -> Expr:
-    if _is(a, 0) and (not isinstance(b, Const) or type(a) is type(b)):
+    if _neutral(a, 0, b):
         return b
-    if _is(b, 0):
+    if _neutral(b, 0, a):
         return a
     if is_int(a) and is_int(b):
         return _int_where("add", a, b) or _linear_sum("add", a, b)
@@ -489,7 +532,7 @@ def _add(a: Expr, b: Expr) -> Expr:
 
 
 def _sub(a: Expr, b: Expr) -> Expr:
-    if _is(b, 0):
+    if _neutral(b, 0, a):
         return a
     if is_int(a) and is_int(b):
         return _int_where("sub", a, b) or _linear_sum("sub", a, b)
@@ -497,9 +540,9 @@ def _sub(a: Expr, b: Expr) -> Expr:
 
 
 def _mul(a: Expr, b: Expr) -> Expr:
-    if _is(a, 1):
+    if _neutral(a, 1, b):
         return b
-    if _is(b, 1):
+    if _neutral(b, 1, a):
         return a
     if is_int(a) and is_int(b):
         if _is(a, 0) or _is(b, 0):
@@ -510,7 +553,7 @@ def _mul(a: Expr, b: Expr) -> Expr:
 
 
 def _div(a: Expr, b: Expr) -> Expr:
-    return a if _is(b, 1) else Call("div", (a, b))
+    return a if _is(b, 1) and is_float(a) else Call("div", (a, b))
 
 
 def _floordiv(a: Expr, b: Expr) -> Expr:
@@ -563,10 +606,14 @@ def _or(a: Expr, b: Expr) -> Expr:
 
 
 def _where(c: Expr, a: Expr, b: Expr) -> Expr:
-    if isinstance(c, Const):
-        return a if c.value else b
     if a == b:
         return a
+    if isinstance(c, Const):
+        chosen, other = (a, b) if c.value else (b, a)
+        if is_float(other) and not is_float(chosen):
+            return call("float", chosen)
+        if is_int(other) or not is_int(chosen):
+            return chosen
     if isinstance(a, Const) and isinstance(b, Const) and type(a.value) is bool and type(b.value) is bool:
         return c if a.value else _not(c)
     pinned = _pinned(c)
@@ -579,7 +626,12 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr:
 
 def _pinned(c: Expr) -> dict[Expr, Expr] | None:
     """`{n: 0}` for a condition such as `n < 1` or `n == 0`: the only value that an index can have where it holds."""
-    if isinstance(c, Call) and c.op in ("lt", "le", "eq") and isinstance(c.args[0], Var) and isinstance(c.args[1], Const):
+    if (
+        isinstance(c, Call)
+        and c.op in ("lt", "le", "eq")
+        and isinstance(c.args[0], Var)
+        and isinstance(c.args[1], Const)
+    ):
         var, bound = c.args[0], c.args[1].value
         if var.name in INDICES and ((c.op == "lt" and bound == 1) or (c.op != "lt" and bound == 0)):
             return {var: Const(0)}
@@ -596,6 +648,8 @@ def _minmax(op: str) -> Callable[[Expr, Expr], Expr]:
 def _float(a: Expr) -> Expr:
     if isinstance(a, Const):
         return Const(float(a.value))
+    if is_float(a):
+        return a
     if is_bool(a):
         return call("where", a, Const(1.0), Const(0.0))
     if _arms(a) and isinstance(a, Call):

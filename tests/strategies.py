@@ -1,7 +1,8 @@
 """Hypothesis strategies for the score language: expressions of every type, masks, and whole attentions with their tensors.
 
 `expressions` builds trees of every operation; `cases` builds attentions that a kernel can be held to (bodies without poles,
-loads inside their leaves), whose tensors come from a seed so that a failing case prints as one line.
+loads inside their leaves), whose tensors come from a seed so that a failing case prints as one line.  (`one_of(…).map(f)` would weigh `f` by the number of
+alternatives, so functions of alternatives are built.)
 """
 
 from collections.abc import Callable
@@ -114,7 +115,7 @@ def bools(depth: int = 2, *, load: bool = True, small: bool = False, floats: boo
         st.builds(
             lambda op, a, b: Call(op, (a, b)), st.sampled_from(("and", "or", "and", "or", "eq", "ne")), inner, inner
         ),
-        inner.map(lambda a: Call("not", (a,))),
+        st.builds(lambda a: Call("not", (a,)), inner),
         st.builds(lambda c, a, b: Call("where", (c, a, b)), inner, inner, inner),
     )
 
@@ -139,8 +140,8 @@ def float_expressions(depth: int = 2, *, load: bool = True, score: bool = True) 
         st.builds(lambda op, a, b: Call(op, (a, b)), arithmetic, either, inner),
         st.builds(lambda a, b: Call("div", (a, b)), either, st.sampled_from(FLOATS[1:]).map(Const)),
         st.builds(lambda op, a: Call(op, (a,)), functions, inner),
-        st.one_of(either, mask).map(lambda a: Call("float", (a,))),
-        st.builds(lambda c, a, b: Call("where", (c, a, b)), mask, inner, either),
+        st.builds(lambda a: Call("float", (a,)), st.one_of(either, mask)),
+        st.builds(lambda c, a, b: Call("where", (c, a, b)), mask, inner, st.one_of(inner, ints(depth - 1, load=False))),
     )
 
 
@@ -215,7 +216,7 @@ def masks(depth: int = 2) -> st.SearchStrategy[Expr]:
         st.builds(lambda a, b: call("and", a, b), inner, inner),
         st.builds(lambda a, b: call("and", a, b), inner, inner),
         st.builds(lambda a, b: call("or", a, b), inner, inner),
-        inner.map(lambda a: call("not", a)),
+        st.builds(lambda a: call("not", a), inner),
     )
 
 
