@@ -46,11 +46,42 @@ def shape(node: fx.Node) -> tuple[Size, ...]:
     return sizes_of(fake(node).shape)
 
 
+_ALIASES: Final[Mapping[str, str]] = {
+    "multiply": "mul",
+    "divide": "div",
+    "true_divide": "div",
+    "subtract": "sub",
+    "negative": "neg",
+    "absolute": "abs",
+    "clip": "clamp",
+    "less": "lt",
+    "less_equal": "le",
+    "greater": "gt",
+    "greater_equal": "ge",
+    "not_equal": "ne",
+    "special_softmax": "softmax",
+    "swapaxes": "transpose",
+    "swapdims": "transpose",
+    "moveaxis": "movedim",
+    "adjoint": "mT",
+    "mH": "mT",
+    "__and__": "bitwise_and",
+    "__or__": "bitwise_or",
+    "__xor__": "bitwise_xor",
+}
+
+
 def packet(node: fx.Node) -> str:
-    """The name of the ATen operator without its overload, such as `add`, or an empty string."""
+    """The name of the ATen operator without its overload, such as `add`, or an empty string.
+
+    All aliases have one name; of the real numbers that attentions are made of, the conjugate is an alias too.
+    """
     target = node.target
     if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
-        return target._schema.name.removeprefix("aten::")
+        name = target._schema.name.removeprefix("aten::")
+        if name.endswith("_") and not name.endswith("__"):
+            return f"{_ALIASES.get(name[:-1], name[:-1])}_"
+        return _ALIASES.get(name, name)
     return ""
 
 

@@ -16,6 +16,7 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, regroup, same
+from attnfuse.passes.views import PERMUTATIONS, permutation
 from attnfuse.score import Call, Const, Expr, Program, Tier, Var, call, free_vars
 
 
@@ -199,16 +200,8 @@ def _below_expand(at: Descent, user: fx.Node) -> None:
         raise Miss("AF023", user, "the weights are expanded")
 
 
-def _below_transpose(at: Descent, user: fx.Node) -> None:
-    rank = len(at.index)
-    args = bound(user)
-    if packet(user) == "permute":
-        order = [d % rank for d in args["dims"]]
-    else:
-        order = list(range(rank))
-        a, b = args["dim0"] % rank, args["dim1"] % rank
-        order[a], order[b] = order[b], order[a]
-    at.index = tuple(at.index[d] for d in order)
+def _below_permutation(at: Descent, user: fx.Node) -> None:
+    at.index = tuple(at.index[d] for d in permutation(user))
 
 
 _BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
@@ -217,7 +210,7 @@ _BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
     "dropout": _below_dropout,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view),
     **dict.fromkeys(("expand", "expand_as"), _below_expand),
-    **dict.fromkeys(("transpose", "permute"), _below_transpose),
+    **dict.fromkeys(PERMUTATIONS, _below_permutation),
 }
 
 

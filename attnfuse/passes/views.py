@@ -8,9 +8,10 @@ from typing import Any, Final
 from torch import fx
 
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
-from attnfuse.passes.index import Digit, Index, Size, Unliftable, product, regroup, same, value
+from attnfuse.passes.index import Digit, Index, Size, Unliftable, product, regroup, same, size_of, value
 from attnfuse.score import Const, call
 
+PERMUTATIONS: Final = ("transpose", "permute", "t", "movedim", "mT", "numpy_T")
 VIEWS: Final = (
     "unsqueeze",
     "view",
@@ -20,12 +21,15 @@ VIEWS: Final = (
     "unflatten",
     "squeeze",
     "expand",
+    "view_as",
+    "reshape_as",
+    "ravel",
     "expand_as",
     "broadcast_to",
-    "transpose",
-    "permute",
-    "t",
-    "movedim",
+    "repeat",
+    "tile",
+    "repeat_interleave",
+    *PERMUTATIONS,
     "select",
     "slice",
     "narrow",
@@ -52,30 +56,63 @@ def through(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[Index
         return source, (*index[:dim], *index[dim + 1 :])
     if name in ("expand", "expand_as", "broadcast_to"):
         return source, broadcast(source, index)
-    if name in ("transpose", "t", "permute", "movedim"):
-        return source, permuted(name, args, index, rank)
+    if name in ("repeat", "tile", "repeat_interleave"):
+        return source, _unrepeated(name, args, index, sizes)
+    if name in PERMUTATIONS:
+        return source, permuted(permutation(node), index)
     if name in ("select", "slice", "narrow"):
         return source, _sliced(name, args, index, sizes)
     return source, regroup(index, sizes)
 
 
-def permuted(name: str, args: dict[str, Any], index: Sequence[Index], rank: int) -> tuple[Index, ...]:
-    order = list(range(rank))
+def permutation(node: fx.Node) -> list[int]:
+    """Which dimension of its source each dimension of a permuted tensor is."""
+    args, name = bound(node), packet(node)
+    rank = len(shape(node))
     if name == "permute":
-        order = [d % rank for d in args["dims"]]
-    elif name == "movedim":
+        return [d % rank for d in args["dims"]]
+    order = list(range(rank))
+    if name == "numpy_T":
+        return order[::-1]
+    if name == "movedim":
         sources, targets = args["source"], args["destination"]
         sources, targets = ([x] if isinstance(x, int) else list(x) for x in (sources, targets))
         moved = {t % rank: s % rank for s, t in zip(sources, targets, strict=True)}
         rest = iter(d for d in range(rank) if d not in moved.values())
-        order = [moved[d] if d in moved else next(rest) for d in range(rank)]
-    elif rank > 1:
-        a, b = (args["dim0"] % rank, args["dim1"] % rank) if name == "transpose" else (0, 1)
+        return [moved[d] if d in moved else next(rest) for d in range(rank)]
+    if rank > 1:
+        a, b = {"mT": (-2, -1), "t": (0, 1)}.get(name) or _swapped(args)
         order[a], order[b] = order[b], order[a]
-    out: list[Index] = [()] * rank
+    return order
+
+
+def _swapped(args: dict[str, Any]) -> tuple[int, int]:
+    first, second = ("axis0", "axis1") if "axis0" in args else ("dim0", "dim1")
+    return args[first], args[second]
+
+
+def permuted(order: Sequence[int], index: Sequence[Index]) -> tuple[Index, ...]:
+    """The index in the source of a permutation."""
+    out: list[Index] = [()] * len(order)
     for at, dim in enumerate(order):
         out[dim] = index[at]
     return tuple(out)
+
+
+def _unrepeated(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequence[Size]) -> tuple[Index, ...]:
+    """The index of the element that was copied."""
+    if name == "repeat_interleave":
+        times, dim = args["repeats"], args["dim"]
+        if not isinstance(times, int) or dim is None:
+            raise Unliftable("repeats that differ")
+        dim %= len(sizes)
+        kept = regroup([index[dim]], (sizes[dim], times))[0]
+        return (*index[:dim], kept, *index[dim + 1 :])
+    counts = [size_of(x) for x in args["repeats" if name == "repeat" else "dims"]]
+    counts = [1] * (len(index) - len(counts)) + counts
+    own = len(index) - len(sizes)
+    pairs = zip(index[own:], counts[own:], sizes, strict=True)
+    return tuple(regroup([dim], (times, size))[1] for dim, times, size in pairs)
 
 
 def _sliced(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequence[Size]) -> tuple[Index, ...]:
