@@ -15,14 +15,13 @@ from torch import fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnfuse import ops
-from attnfuse.passes.graph import aten, bound, fake, packet, shape
-from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
+from attnfuse.passes.graph import aten, fake, packet, shape
+from attnfuse.passes.index import Digit, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
-from attnfuse.passes.views import permuted
-from attnfuse.score import Var
+from attnfuse.passes.views import PERMUTATIONS, permutation
 from attnfuse.templates.library import Call
 
 _AXES: Final = ("b", "h", "m", "e")
@@ -257,25 +256,23 @@ def _is_made_contiguous(node: fx.Node) -> tuple[int, ...] | None:
     contiguous tensor whatever they read, none of them the graph's output itself.
     """
     users = list(node.users)
-    if len(users) != 1 or packet(users[0]) not in ("transpose", "permute") or len(shape(node)) != 4:
+    if len(users) != 1 or packet(users[0]) not in PERMUTATIONS or len(shape(node)) != 4:
         return None
     moved = users[0]
     for user in moved.users:
         contiguous = packet(user) == "contiguous" or (
             packet(user) == "clone" and user.kwargs.get("memory_format") == torch.contiguous_format
         )
-        joins = packet(user) in ("reshape", "flatten") and not _same_strides_as_contiguous(moved)
+        joins = (
+            packet(user) in ("reshape", "flatten")
+            and not _same_strides_as_contiguous(moved)
+            and _same_strides_as_contiguous(user)
+        )
         if not (contiguous or joins) or any(x.op == "output" for x in user.users):
             return None
     if not moved.users:
         return None
-    names: tuple[Index, ...] = tuple((Digit(Var(str(d)), 2),) for d in range(4))
-    # permuted maps an index of the permuted tensor to one of its source; the inverse is the order of its dimensions
-    source = permuted(packet(moved), bound(moved), names, 4)
-    order = [0] * 4
-    for dim, index in enumerate(source):
-        order[int(str(index[0].expr))] = dim
-    return tuple(order)
+    return tuple(permutation(moved))
 
 
 def _same_strides_as_contiguous(node: fx.Node) -> bool:
