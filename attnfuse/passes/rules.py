@@ -17,7 +17,7 @@ from attnfuse import score
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
 from attnfuse.passes.views import VIEWS, through
-from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, call, free_vars, loads
+from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, call, free_vars, loads
 
 if TYPE_CHECKING:
     from attnfuse.passes.lift import Claimant, Lifter
@@ -158,7 +158,7 @@ def _arithmetic(at: At) -> Expr:
     return _binary(at, _ARITHMETIC[name], a, b)
 
 
-@_rule("div", "true_divide")
+@_rule("div")
 def _div(at: At) -> Expr:
     args = at.args
     mode = args.get("rounding_mode")
@@ -218,20 +218,22 @@ def _compare(at: At) -> Expr:
         raise Unliftable("a comparison of values that were rounded to a low precision")
     left, right = (converted(e, k, common) for e, k in zip(operands, kinds, strict=True))
     if common == "bool":
-        same_value = call("or", call("and", left, right), call("and", call("not", left), call("not", right)))
         if at.name in ("eq", "ne"):
-            return same_value if at.name == "eq" else call("not", same_value)
+            return _unequal(left, right) if at.name == "ne" else call("not", _unequal(left, right))
         raise Unliftable("truth values compared by size")
     return call(at.name, left, right)
+
+
+def _unequal(a: Expr, b: Expr) -> Expr:
+    """Exclusive or."""
+    return call("or", call("and", a, call("not", b)), call("and", call("not", a), b))
 
 
 _LOGIC: Final = {
     "logical_and": "and",
     "bitwise_and": "and",
-    "__and__": "and",
     "logical_or": "or",
     "bitwise_or": "or",
-    "__or__": "or",
 }
 
 
@@ -243,6 +245,16 @@ def _logic(at: At) -> Expr:
         raise Unliftable("bits of integers")
     left, right = (converted(at.operand(x), kind(x), "bool") for x in sides)
     return call(_LOGIC[at.name], left, right)
+
+
+@_rule("logical_xor", "bitwise_xor")
+def _exclusive(at: At) -> Expr:
+    args = at.args
+    sides = (args["self"], args["other"])
+    if at.kind != "bool" or ("logical" not in at.name and any(kind(x) != "bool" for x in sides)):
+        raise Unliftable("bits of integers")
+    left, right = (converted(at.operand(x), kind(x), "bool") for x in sides)
+    return _unequal(left, right)
 
 
 @_rule("logical_not", "bitwise_not")
@@ -399,15 +411,42 @@ def _index(at: At) -> Expr:
         if loads(where) and {"m", "n"} <= free_vars(where):
             raise Unliftable("a gather by data over queries and keys")
         size = shape(source)[dim]
-        if not _is_natural(where):
+        if not _is_natural(where, middle):
             raise Unliftable("an index that may be negative")
         out.append(() if same(size, 1) else (Digit(where, size),))
     out.extend(at.index[places[0] + rank :])
     return at.lift(source, out)
 
 
-def _is_natural(where: Expr) -> bool:
+@_rule("embedding", "index_select", moves=True)
+def _rows(at: At) -> Expr:
+    args = at.args
+    source, chosen = (args["weight"], args["indices"]) if at.name == "embedding" else (args["self"], args["index"])
+    dim = 0 if at.name == "embedding" else args["dim"] % len(shape(source))
+    rank = len(shape(chosen))
+    if not rank:
+        raise Unliftable("one row")
+    if fake(source).requires_grad and (args.get("padding_idx", -1) >= 0 or args.get("scale_grad_by_freq")):
+        raise Unliftable("a gradient that is not the sum over the rows read")
+    where = at.operand(chosen, at.index[dim : dim + rank])
+    if loads(where) and {"m", "n"} <= free_vars(where):
+        raise Unliftable("a gather by data over queries and keys")
+    size = shape(source)[dim]
+    row: Index = () if same(size, 1) else (Digit(where, size),)
+    return at.lift(source, (*at.index[:dim], row, *at.index[dim + rank :]))
+
+
+def _is_natural(where: Expr, index: Sequence[Index]) -> bool:
     """Whether an index is certainly not negative (PyTorch would count it from the end)."""
     form = score.linear(where)
-    least = score.lower_bound(form) if form is not None else None
-    return least is not None and least >= 0
+    if form is None:
+        return False
+    least = score.lower_bound(form)
+    if least is not None and least >= 0:
+        return True
+    sizes: dict[Expr, int] = {
+        d.expr: d.size for dim in index for d in dim if isinstance(d.expr, Var) and isinstance(d.size, int)
+    }
+    if not set(form.terms) <= set(sizes):
+        return False
+    return form.constant + sum(min(0, c * (sizes[x] - 1)) for x, c in form.terms.items()) >= 0
