@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
 from torch import fx
@@ -26,6 +26,7 @@ from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
 from attnfuse.passes.rewrite import insert, prune_operands
 from attnfuse.passes.settle import settle
+from attnfuse.passes.verify import checker
 from attnfuse.remark import Remark, Report
 
 T = TypeVar("T")
@@ -105,9 +106,10 @@ def _rewrite(work: Work, site: Site) -> Remark:
     chosen = decide(site)
     if isinstance(chosen, Remark):
         return chosen
-    insert(site, chosen.meaning, chosen.library)
+    facts = dict(chosen.remark.facts)
+    insert(site, chosen.meaning, chosen.library, checker(site, chosen.meaning, facts) if work.options.verify else None)
     work.fused += 1
-    return chosen.remark
+    return replace(chosen.remark, facts=facts)
 
 
 def _guarded(work: Work, anchor: fx.Node, step: Callable[[], T]) -> T | Remark:

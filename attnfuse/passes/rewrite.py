@@ -7,7 +7,8 @@ operation makes a contiguous copy anyway.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+import operator
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any, Final
 
 import torch
@@ -52,11 +53,12 @@ def _no_autocast() -> torch._C._DisableAutocast:
     return torch._C._DisableAutocast()
 
 
-def insert(site: Site, what: Meaning, library: Call | None) -> fx.Node:
+def insert(site: Site, what: Meaning, library: Call | None, check: Callable[[fx.Node], None] | None = None) -> fx.Node:
     """Writes the new nodes and makes the users of the old output read the new one.
 
     Args:
         library: the scaled_dot_product_attention call to emit instead of the operator.
+        check: looks at the new output while the old one still stands; what it raises takes the new nodes out again.
 
     Raises:
         Miss: AF032 if the strides of the output cannot be kept, AF027 if K and V differ in heads.
@@ -67,8 +69,11 @@ def insert(site: Site, what: Meaning, library: Call | None) -> fx.Node:
         emit = Emitter(site)
         try:
             new = _emit(emit, site, what, library)
+            if check is not None:
+                check(new)
         except Exception:
-            for node in reversed([n for n in graph.nodes if id(n) not in before]):
+            # a new placeholder is an operand of the checkpoint already; `prune_operands` takes it out again
+            for node in reversed([n for n in graph.nodes if id(n) not in before and n.op != "placeholder"]):
                 graph.erase_node(node)
             raise
     new.meta = {**site.out.meta, "val": new.meta["val"]}
@@ -117,17 +122,13 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
         pair = emit(
             torch.ops.attnfuse.attention.default, q, k, v, leaves, sizes, seed, str(what.spec), list(order), ops.ABI
         )
-        out = emit(_getitem, pair, 0)
+        out = emit(operator.getitem, pair, 0)
         placed = _placed(emit, out, site)
     if not free and not _same_strides(placed, site.out):
         raise Miss("AF032", site.out, f"strides {tuple(fake(site.out).stride())}")
     if fake(placed).dtype != fake(site.out).dtype or not all(map(same, shape(placed), shape(site.out))):
         raise AssertionError(f"the replacement is {fake(placed)}, the original {fake(site.out)}")
     return placed
-
-
-def _getitem(pair: Any, at: int) -> Any:
-    return pair[at]
 
 
 def _cast(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:
