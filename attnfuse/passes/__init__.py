@@ -57,6 +57,7 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
     for at, step in enumerate(PIPELINE, 1):
         try:
             step(work)
+            dump(options.dump, at, step.__name__, work.graph, gm)
         except NormaliseError as error:
             if options.strict and error.code == "AF041":
                 raise
@@ -66,7 +67,6 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
                 raise
             log.debug("pass %s raised", step.__name__, exc_info=True)
             return None, Report((Remark.of("AF041", error=_described(error), why=f"pass {step.__name__} raised"),))
-        dump(options.dump, at, step.__name__, work.graph, gm)
     return (work.graph if work.fused else None), Report(tuple(work.remarks))
 
 

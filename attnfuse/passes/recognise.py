@@ -14,8 +14,8 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.passes.contraction import Contraction
-from attnfuse.passes.graph import bound, fake, packet, shape
+from attnfuse.passes.contraction import Contraction, contraction
+from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, index_of, piece, product, same
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import Descent, Miss, Valued, descend, program_of, score_input, valued
@@ -208,7 +208,30 @@ def _no_score(scope: Scope, softmax: fx.Node, source: fx.Node) -> Miss:
             softmax,
             f"the product `{scope.lifter.refused.name}` has the softmax's dimension in both operands or in none",
         )
-    return Miss("AF020", source, packet(source) or source.op)
+    found = _product_above(source)
+    if found is None:
+        return Miss("AF020", source, packet(source) or source.op)
+    product_node, last = found
+    writes = scope.storage.writes(product_node)
+    if writes:
+        written = next(n for n, at in scope.storage.position.items() if at == writes[0])
+        return Miss("AF024", written, f"{packet(written)} writes to the scores")
+    return Miss("AF024", last, packet(last) or last.op)
+
+
+def _product_above(source: fx.Node) -> tuple[fx.Node, fx.Node] | None:
+    """The nearest product that goes into `source` through tensors of its rank, and the first node on the way down from it."""
+    todo = [(source, source)]
+    seen = set()
+    while todo:
+        node, below = todo.pop(0)
+        if contraction(node) is not None:
+            return node, below
+        if node in seen or not is_tensor(node):
+            continue
+        seen.add(node)
+        todo.extend((x, node) for x in node.all_input_nodes if is_tensor(x) and len(shape(x)) == len(shape(source)))
+    return None
 
 
 def _with_queries(
@@ -253,6 +276,11 @@ def _assembled(
     chain = _between(found.node, source)
     for node in (*chain, found.node):
         _only_inside(node, {*chain, softmax, found.node})
+    inside = {*chain, found.node}
+    for load in (x for top in program.expressions() for x in loads(top)):
+        leaf = scope.table.leaves[load.leaf].node
+        if leaf in inside:
+            raise Miss("AF024", leaf, f"{packet(leaf)} of all the scores goes into each")
     q, k, v = (_shallowest(op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
     seen = ("q@k.T", "softmax", *down.seen, "@v")
     return Site(
@@ -528,9 +556,6 @@ def _check(site: Site) -> None:
     for size in (site.sizes.B, site.sizes.H, site.sizes.M, site.sizes.N, site.sizes.D, site.sizes.Dv):
         if same(size, 0):
             raise Miss("AF033", site.out, "an empty dimension")
-    for role, depth in (("D", site.sizes.D), ("Dv", site.sizes.Dv)):
-        if not isinstance(depth, int):
-            raise Miss("AF033", site.out, f"{role} is the symbol {depth}")
     position = site.scope.storage.position
     first = min(position[x] for x in site.nodes)
     last = position[site.out]
@@ -553,8 +578,10 @@ def _check_writes(site: Site, last: int) -> None:
         for load in loads(expr):
             source = site.scope.table.leaves[load.leaf]
             inner = source.scope.storage
-            readers = [inner.position[u] for u in source.node.users]
-            end = last if source.scope is site.scope else max(readers, default=0)
+            same_scope = source.scope is site.scope
+            used = set(_between(source.node, site.anchor)) if same_scope else set(source.node.users)
+            readers = [inner.position[u] for u in source.node.users if u in used]
+            end = last if same_scope else max(readers, default=0)
             late = [w for w in inner.writes(source.node) if min(readers, default=0) < w < end]
             if late:
                 written = next(n for n, at in inner.position.items() if at == late[0])

@@ -1,0 +1,280 @@
+"""The backend around the passes: registration, options, fallbacks, dumps, logs; a defect never reaches the user's program."""
+
+from __future__ import annotations
+
+import logging
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+from types import CodeType, FrameType
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.nn import functional as F
+
+import attnfuse
+from attnfuse import backend, passes
+from attnfuse.backend import listening
+from attnfuse.options import Options, OptionsError
+from attnfuse.remark import Report
+from attnfuse.spec import parse_spec
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """Causal with padding, spelled out; scores are scaled in place."""
+    m = torch.arange(q.shape[2])
+    allowed = (m[None, :] <= m[:, None]) & pad[:, None, None, :]
+    scores = q @ k.transpose(-1, -2)
+    scores *= 0.25
+    scores = scores + torch.where(allowed, 0.0, torch.finfo(q.dtype).min)
+    return (F.softmax(scores, dim=-1) @ v).transpose(1, 2).contiguous()
+
+
+def tensors(length: int = 24) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, 4, length, 16, generator=generator) for _ in range(3))
+    pad = torch.ones(2, length, dtype=torch.bool)
+    pad[1, :5] = False
+    return q, k, v, pad
+
+
+def run(fn: Callable[..., Any], *args: Any, **kwargs: Any) -> tuple[Any, Report]:
+    """The compiled function's result and the report of its graphs."""
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    with listening(reports.append):
+        out = torch.compile(fn, backend="attnfuse", **kwargs)(*args)
+    return out, Report(()).merge(*reports)
+
+
+def test_the_backend_is_listed_without_an_import() -> None:
+    text = "import torch, sys; print('attnfuse' in torch.compiler.list_backends(), 'attnfuse' in sys.modules)"
+    done = subprocess.run([sys.executable, "-c", text], capture_output=True, text=True, check=True)
+    assert done.stdout.split() == ["True", "False"]
+
+
+def test_inductor_runs_the_rewritten_graph_with_every_entry_option() -> None:
+    args = tensors()
+    expected = attention(*args)
+    for kwargs in (
+        {},
+        {"mode": "max-autotune-no-cudagraphs"},
+        {"options": {"max_autotune": False}, "fullgraph": True},
+        {"dynamic": True},
+    ):
+        out, report = run(attention, *args, **kwargs)
+        torch.testing.assert_close(out, expected)
+        assert out.stride() == expected.stride()
+        assert [r.code for r in report.remarks] == ["AF000"]
+
+
+def test_unknown_options_name_the_nearest() -> None:
+    with pytest.raises(Exception, match="OptionsError: unknown option 'strictt' \\(did you mean 'strict'"):
+        torch.compile(attention, backend="attnfuse", options={"strictt": True})(*tensors())
+    with pytest.raises(OptionsError, match="max_autotune"):
+        Options.parse(None, {"max_autotun": True})
+
+
+def test_off_compiles_as_stock(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ATTNFUSE", "off")
+    args = tensors()
+    out, report = run(attention, *args)
+    torch.testing.assert_close(out, attention(*args))
+    assert report.remarks == ()
+
+
+def test_a_graph_with_nothing_fused_is_handed_on_as_it_came(monkeypatch: pytest.MonkeyPatch) -> None:
+    handed: list[tuple[object, object]] = []
+
+    def passed_on(gm: Any, example_inputs: Any, options: Options, *, analysed: bool) -> Any:
+        handed.append((gm, gm.graph))
+        return gm.forward
+
+    given: list[object] = []
+    inner = passes.run
+    monkeypatch.setattr(backend, "_downstream", passed_on)
+    monkeypatch.setattr(passes, "run", lambda gm, options: (given.append((gm, gm.graph)), inner(gm, options))[1])
+    run(lambda x: torch.softmax(x, -1) * 2, torch.randn(4, 8))
+    assert handed == given
+    assert len(handed) == 1
+
+
+@contextmanager
+def raising_in(target: CodeType) -> Iterator[list[int]]:
+    """Raises at the first call of a function, from inside it."""
+    hits: list[int] = []
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        if event == "call" and frame.f_code is target and not hits:
+            hits.append(1)
+            raise ZeroDivisionError("injected")
+
+    sys.setprofile(profile)
+    try:
+        yield hits
+    finally:
+        sys.setprofile(None)
+
+
+def functions_called(step: Callable[[], object]) -> list[CodeType]:
+    """The functions of the passes and of what they ask (score, spec, tiles, templates) that `step` calls."""
+    package = str(Path(attnfuse.__file__).parent)
+    wanted = tuple(f"{package}/{part}" for part in ("passes", "score.py", "spec.py", "tiles.py", "templates"))
+    found: dict[CodeType, None] = {}
+    main = threading.get_ident()
+
+    def profile(frame: FrameType, event: str, argument: object) -> None:
+        code = frame.f_code
+        if event == "call" and code.co_filename.startswith(wanted) and threading.get_ident() == main:
+            # an exception in a generator's or comprehension's frame surfaces in the function around it
+            if not code.co_name.startswith("<"):
+                found[code] = None
+
+    sys.setprofile(profile)
+    try:
+        step()
+    finally:
+        sys.setprofile(None)
+    return list(found)
+
+
+def forget() -> None:
+    """Empties the caches of pure functions, so that each run goes through all of them."""
+    from attnfuse import spec, tiles
+    from attnfuse.templates import choose, library
+
+    for module in (spec, tiles, choose, library):
+        for value in vars(module).values():
+            if hasattr(value, "cache_clear"):
+                value.cache_clear()
+
+
+@pytest.mark.lenient
+def test_an_exception_in_any_function_of_the_passes_leaves_the_program_right() -> None:
+    args = tensors()
+    captured: list[tuple[torch.fx.GraphModule, list[Tensor]]] = []
+    torch._dynamo.reset()
+    torch.compile(attention, backend=lambda gm, inputs: (captured.append((gm, inputs)), gm.forward)[1])(*args)
+    ((gm, inputs),) = captured
+    expected = attention(*args)
+    options = Options.parse(None, {"downstream": "eager"})
+    before = gm.print_readable(print_output=False)
+    forget()
+    functions = functions_called(lambda: passes.run(gm, options))
+    assert len(functions) > 100
+    state = (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_rng_state().sum())
+    failed = 0
+    for code in functions:
+        if code is passes.run.__code__:
+            continue
+        forget()
+        with raising_in(code) as hits:
+            graph, report = passes.run(gm, options)
+        assert hits, code
+        out = (graph or gm)(*inputs)
+        torch.testing.assert_close(out[0], expected, msg=f"after an exception in {code.co_qualname}")
+        failed += bool(report.failed)
+        assert report.failed or graph is not None or report.remarks, code.co_qualname
+    assert failed > 0.8 * len(functions)
+    assert gm.print_readable(print_output=False) == before
+    assert state == (torch.is_grad_enabled(), torch.is_autocast_enabled("cpu"), torch.get_rng_state().sum())
+
+
+@pytest.mark.lenient
+def test_what_raises_downstream_compiles_from_the_original(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = tensors()
+    real = backend._inductor
+
+    def fails_on_ours(gm: torch.fx.GraphModule, example_inputs: Any, patches: Any) -> Any:
+        if any("attnfuse" in str(n.target) for n in gm.graph.nodes):
+            real(gm, example_inputs, patches)  # so that the graph is used up, as it is after a failure inside Inductor
+            raise RuntimeError("injected downstream")
+        return real(gm, example_inputs, patches)
+
+    monkeypatch.setattr(backend, "_inductor", fails_on_ours)
+    out, report = run(attention, *args)
+    torch.testing.assert_close(out, attention(*args))
+    assert [r.code for r in report.remarks] == ["AF043"]
+    assert "injected downstream" in str(report)
+
+
+def test_strict_raises_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    def broken(*args: object) -> None:
+        raise ZeroDivisionError("injected")
+
+    monkeypatch.setattr(passes, "decide", broken)
+    with pytest.raises(Exception, match="injected"):
+        run(attention, *tensors(), options={"strict": True, "downstream": "eager"})
+
+
+def test_inductors_attention_patterns_have_no_say() -> None:
+    def over_queries(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return ((q @ k.transpose(-1, -2)) / 4.0).softmax(-2) @ v
+
+    q, k, v, _ = tensors()
+    with torch.no_grad():
+        expected = over_queries(q, k, v)
+        counters.clear()
+        out, report = run(over_queries, q, k, v)
+        assert counters["inductor"]["fuse_attention"] == 0
+        torch.testing.assert_close(out, expected)
+        assert [r.code for r in report.remarks] == ["AF022"]
+        # the option lets them loose; on this function they are wrong, which is why they are off
+        wrong, _ = run(over_queries, q, k, v, options={"inductor_attention_patterns": True})
+        assert counters["inductor"]["fuse_attention"] == 1
+        assert not torch.allclose(wrong, expected, atol=1e-2)
+
+
+def test_dump_writes_each_graph_after_each_pass(tmp_path: Path) -> None:
+    run(attention, *tensors(), options={"dump": str(tmp_path), "downstream": "eager"})
+    run(attention, *tensors(), options={"dump": str(tmp_path), "downstream": "eager"})
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["graph_0", "graph_1"]
+    files = {p.name: p.read_text() for p in (tmp_path / "graph_0").iterdir()}
+    assert sorted(files) == ["0_dynamo.py", "1_normalised.py", "2_recognised.py", "3_rewritten.py"]
+    assert "torch.ops.aten.softmax.int" in files["1_normalised.py"]
+    assert "attnfuse.attention" in files["3_rewritten.py"]
+    assert "aten.softmax" not in files["3_rewritten.py"]
+
+
+def test_verify_accepts_what_is_right_and_takes_out_what_is_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
+    args = tensors()
+    _, report = run(attention, *args, options={"verify": True, "downstream": "eager"})
+    assert [r.facts["verified"] for r in report.fused] == ["3 sets of inputs"]
+
+    deciding = sys.modules["attnfuse.passes.decide"]
+    meaning = deciding.meaning
+
+    def wrong(site: Any) -> Any:
+        what = meaning(site)
+        return replace(what, spec=parse_spec(str(what.spec).replace("0.25", "0.26")))
+
+    monkeypatch.setattr(deciding, "meaning", wrong)
+    out, report = run(attention, *args, options={"verify": True, "downstream": "eager"})
+    assert [r.code for r in report.remarks] == ["AF044"]
+    torch.testing.assert_close(out, attention(*args))
+
+
+def test_the_report_is_logged_and_traced(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:
+    with caplog.at_level(logging.INFO, logger="attnfuse"):
+        run(attention, *tensors(), options={"downstream": "eager"})
+    assert "1 attention: 1 fused" in caplog.text
+    script = (
+        "import torch, sys\nsys.path.insert(0, '.')\nfrom tests.test_backend import attention, tensors\n"
+        "torch.compile(attention, backend='attnfuse', options={'downstream': 'eager', 'strict': True})(*tensors())"
+    )
+    root = Path(__file__).parent.parent
+    environment = {**os.environ, "TORCH_TRACE": str(tmp_path), "TORCH_LOGS": "+attnfuse"}
+    done = subprocess.run(
+        [sys.executable, "-c", script], cwd=root, env=environment, capture_output=True, text=True, check=True
+    )
+    assert "1 attention: 1 fused" in done.stderr
+    (trace,) = tmp_path.glob("*.log")
+    assert '"artifact": {"name": "attnfuse_report", "encoding": "json"}' in trace.read_text()
