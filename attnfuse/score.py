@@ -842,28 +842,41 @@ def derivative(expr: Expr, wrt: Expr) -> Expr:
     b = expr.args[1]
     db = derivative(b, wrt)
     if expr.op in ("add", "sub"):
-        if _is(da, 0):
-            return db if expr.op == "add" else call("neg", db)
-        return call(expr.op, da, db)
+        return _sum(expr.op, da, db)
     if expr.op == "mul":
-        left, right = _product(da, b), _product(a, db)
-        return call("add", left, right)
+        return _sum("add", _product(da, b), _product(a, db))
     if expr.op == "div":
         if _is(db, 0):
             return call("div", da, b)
-        return call("div", call("sub", da, _product(expr, db)), b)
+        return call("div", _sum("sub", da, _product(expr, db)), b)
     if expr.op == "pow" and _is(db, 0):
+        if _is(b, 0):
+            return Const(0.0)
         return _product(call("mul", b, call("pow", a, call("sub", b, Const(1.0)))), da)
     if expr.op in ("min", "max"):
         first = call("lt" if expr.op == "min" else "gt", a, b)
-        half = call("mul", Const(0.5), call("add", da, db))
+        half = _product(Const(0.5), _sum("add", da, db))
         return call("where", first, da, call("where", call("eq", a, b), half, db))
     raise ValueError(f"{expr.op} has no derivative with respect to {wrt} in {expr}")
 
 
+def _sum(op: str, a: Expr, b: Expr) -> Expr:
+    """`a + b` or `a - b` of derivatives, where a literal zero means that the term is absent."""
+    if _is(b, 0):
+        return a
+    if _is(a, 0):
+        return b if op == "add" else call("neg", b)
+    return call(op, a, b)
+
+
 def _product(a: Expr, b: Expr) -> Expr:
     """A product of derivatives, where a literal zero factor means that the term is absent."""
-    return Const(0.0) if _is(a, 0) or _is(b, 0) else call("mul", a, b)
+    if _is(a, 0) or _is(b, 0):
+        return Const(0.0)
+    if _is(a, 1) or _is(b, 1):
+        left = b if _is(a, 1) else a
+        return call("float", left) if is_int(left) else left
+    return call("mul", a, b)
 
 
 _ONE: Final = Const(1.0)

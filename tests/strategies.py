@@ -141,7 +141,12 @@ def float_expressions(depth: int = 2, *, load: bool = True, score: bool = True) 
         st.builds(lambda a, b: Call("div", (a, b)), either, st.sampled_from(FLOATS[1:]).map(Const)),
         st.builds(lambda op, a: Call(op, (a,)), functions, inner),
         st.builds(lambda a: Call("float", (a,)), st.one_of(either, mask)),
-        st.builds(lambda c, a, b: Call("where", (c, a, b)), mask, inner, st.one_of(inner, ints(depth - 1, load=False))),
+        st.builds(
+            lambda c, a, b: Call("where", (c, a, b)),
+            mask,
+            inner,
+            st.one_of(inner, ints(depth - 1, load=False, small=True)),
+        ),
     )
 
 
