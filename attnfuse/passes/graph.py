@@ -106,6 +106,7 @@ class Storage:
     def __init__(self, graph: fx.Graph) -> None:
         self.position: dict[fx.Node, int] = {}
         self._root: dict[fx.Node, fx.Node] = {}
+        self._inputs: dict[int, fx.Node] = {}
         self._writes: dict[fx.Node, list[int]] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
         for at, node in enumerate(graph.nodes):
@@ -132,9 +133,16 @@ class Storage:
         for member in self.members[new]:
             self._root[member] = new
 
+    def _first_with_storage(self, node: fx.Node) -> fx.Node:
+        """The first input that shares storage with this one (Dynamo's fake inputs alias as the real ones do)."""
+        if not is_tensor(node):
+            return node
+        key = fake(node).untyped_storage()._cdata
+        return self._inputs.setdefault(key, node)
+
     def _find(self, node: fx.Node, at: int) -> fx.Node:
         if node.op != "call_function":
-            return node
+            return self._first_with_storage(node)
         if not isinstance(node.target, torch._ops.OpOverload):
             first = node.args[0] if node.args and getattr(node.target, "__name__", "") == "getitem" else None
             return self._root[first] if isinstance(first, fx.Node) else node

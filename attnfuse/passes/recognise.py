@@ -581,11 +581,19 @@ def _check_writes(site: Site, last: int) -> None:
             same_scope = source.scope is site.scope
             used = set(_between(source.node, site.anchor)) if same_scope else set(source.node.users)
             readers = [inner.position[u] for u in source.node.users if u in used]
-            end = last if same_scope else max(readers, default=0)
+            end = last if same_scope else _position_within(site.scope, source.scope)
             late = [w for w in inner.writes(source.node) if min(readers, default=0) < w < end]
             if late:
                 written = next(n for n, at in inner.position.items() if at == late[0])
                 raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
+
+
+def _position_within(inner: Scope, outer: Scope) -> int:
+    """Where, in an enclosing graph, the higher-order operator stands whose body holds `inner`."""
+    while inner.outer is not None and inner.outer is not outer:
+        inner = inner.outer
+    assert inner.call is not None
+    return outer.storage.position[inner.call]
 
 
 def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
