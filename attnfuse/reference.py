@@ -5,8 +5,9 @@ It defines what every template has to compute and shares nothing with them but t
 A key has a class in its row.  It starts NORMAL, its score being the body.  Per tier, in order, where `allowed` is
 false: `-inf` and `0row` make it excluded; `=min` makes it MIN and cuts its body off from the gradient; `+min` makes
 NORMAL MIN, and MIN excluded (finfo.min was added twice).  A row with a NORMAL key is the softmax over its NORMAL keys;
-one without is uniform over its MIN keys; one without these too is NaN, or zeros if a tier says `0row`.  A sink is one
-more NORMAL score in each row that has no value: beside it, MIN keys have no weight.
+one without is uniform over its MIN keys; one without these too is NaN, or zeros if a tier says `0row`, and gives the
+bodies of its keys no gradient.  A sink is one more NORMAL score in each row that has no value: beside it, MIN keys have
+no weight.
 
 A load outside its leaf and an integer division by zero have no value.  `where`, `&`, `|` and the tiers may guard them:
 where the guard excludes them they are never read and get no gradient, where it does not they are an IndexError.
@@ -41,7 +42,7 @@ def attention(
         q: [B, H, M, D].
         k: [B, Hkv, N, D], with H a multiple of Hkv; query head h reads KV head h // (H // Hkv).
         v: [B, Hkv, N, Dv].
-        leaves: the tensors of `spec.leaves`, in that order.
+        leaves: the tensors of `spec.leaves`, in that order; of any precision.
         sizes: the values of `i0, i1, …`.
         keep: bool [B, H, M, N], the weights that dropout keeps, scaled by 1 / (1 - spec.dropout).  None: no dropout.
         dtype: what everything is computed in; floating-point inputs and leaves are converted to it.
@@ -106,20 +107,6 @@ def attention(
     return weights @ v, lse.squeeze(-1)
 
 
-_DTYPES: Final = {
-    "bool": torch.bool,
-    "u8": torch.uint8,
-    "i8": torch.int8,
-    "i16": torch.int16,
-    "i32": torch.int32,
-    "i64": torch.int64,
-    "f16": torch.float16,
-    "bf16": torch.bfloat16,
-    "f32": torch.float32,
-    "f64": torch.float64,
-}
-
-
 def _check(
     spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], sizes: Sequence[int]
 ) -> None:
@@ -135,7 +122,8 @@ def _check(
     if len(leaves) != len(spec.leaves):
         raise ValueError(f"{len(leaves)} leaves given, the spec declares {len(spec.leaves)}: {spec}")
     for leaf, x in zip(spec.leaves, leaves, strict=True):
-        if x.dim() != leaf.rank or x.dtype != _DTYPES[leaf.dtype]:
+        kind = "bool" if x.dtype == torch.bool else "float" if x.is_floating_point() else "int"
+        if x.dim() != leaf.rank or kind != leaf.kind:
             raise ValueError(f"leaf {leaf} was given a {x.dtype} tensor of shape {list(x.shape)}")
     if len(sizes) < spec.size_count():
         raise ValueError(f"{len(sizes)} sizes given, the program uses i0 to i{spec.size_count() - 1}")

@@ -99,7 +99,6 @@ def gradient_scales(
             sink = substitute(sink, target_and_sum)
     program = Program(body, spec.program.tiers, sink)
     declared = (*spec.leaves, *(Leaf(f"probe{at}", "f64", 4) for at in range(len(probes))))
-    declared = tuple(Leaf(x.name, "f64", x.rank) if x.kind == "float" else x for x in declared)
     out, _ = attention(AttentionSpec(program, declared, spec.dropout), q, k, v, [*leaves, *probes], sizes, keep)
     terms = [
         torch.zeros_like(probe) if g is None else g.abs().nan_to_num(0.0, 0.0, 0.0)
@@ -110,16 +109,15 @@ def gradient_scales(
         return x.reshape(B, Hkv, H // Hkv, *x.shape[2:]).sum(2)
 
     group = H // Hkv
-    typed = AttentionSpec(spec.program, tuple(x for x in declared if not x.name.startswith("probe")), spec.dropout)
     eye = torch.eye(N, dtype=torch.float64).expand(B, Hkv, N, N)
-    weights = attention(typed, q, k, eye, leaves, sizes, keep)[0].nan_to_num(0.0, 0.0, 0.0)
+    weights = attention(spec, q, k, eye, leaves, sizes, keep)[0].nan_to_num(0.0, 0.0, 0.0)
     scales = {
         "q": _greatest(terms[0] @ k.abs().repeat_interleave(group, 1)),
         "k": _greatest(per_kv_head(terms[0].mT @ q.abs())),
         "v": _greatest(per_kv_head(weights.mT @ dout.abs())),
     }
     inputs = [x.clone().requires_grad_() if x.is_floating_point() else x for x in leaves]
-    values = Evaluator(typed, inputs, sizes, q @ k.repeat_interleave(group, 1).mT, Hkv, torch.float64)
+    values = Evaluator(spec, inputs, sizes, q @ k.repeat_interleave(group, 1).mT, Hkv, torch.float64)
     gathered = torch.zeros((), dtype=torch.float64)
     for (target, _), term in zip(probed[1:], terms[1:], strict=True):
         gathered = gathered + (values.of(target, term != 0) * term).sum()
