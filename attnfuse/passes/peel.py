@@ -6,6 +6,7 @@ dropout and views to the value matmul.  Each step either gives the next layer or
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -17,7 +18,7 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, regroup, same
 from attnfuse.passes.views import PERMUTATIONS, permutation
-from attnfuse.score import Call, Const, Expr, Program, Tier, Var, call, free_vars
+from attnfuse.score import Call, Const, Expr, Program, Tier, Var, call, free_vars, loads, walk
 
 
 class Miss(Exception):
@@ -77,40 +78,79 @@ def program_of(expr: Expr, dtype: torch.dtype) -> Program:
     Args:
         expr: the score in `s`.
         dtype: the element type of the scores where masks are applied; finfo.min is a mask only for that type or a wider one.
+
+    Raises:
+        Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
     body, tiers = _peeled(expr, dtype)
+    for e in walk(body):
+        if isinstance(e, Const) and type(e.value) is float and not math.isfinite(e.value):
+            raise Miss("AF024", None, f"a fill of {e.value} goes into further arithmetic")
     return Program(body, tuple(tiers))
 
 
 def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
-    if isinstance(expr, Call) and expr.op == "add":
-        for rest, addend in (expr.args, expr.args[::-1]):
-            if "s" not in free_vars(rest):
-                continue
-            masks = _mask_sum(addend, dtype)
-            if masks is not None:
-                body, tiers = _peeled(rest, dtype)
-                return body, tiers + [Tier(c, "-inf" if fill == "-inf" else "+min") for c, fill in masks]
-    if isinstance(expr, Call) and expr.op == "where" and "s" not in free_vars(expr.args[0]):
+    if not isinstance(expr, Call):
+        return expr, []
+    if expr.op == "where" and "s" not in free_vars(expr.args[0]):
         condition, a, b = expr.args
         for kept, filled, allowed in ((a, b, condition), (b, a, call("not", condition))):
             fill = _fill(filled, dtype)
             if fill and "s" in free_vars(kept):
                 body, tiers = _peeled(kept, dtype)
                 return body, [*tiers, Tier(allowed, "-inf" if fill == "-inf" else "=min")]
+    for kept, other in _operands(expr):
+        found = _combined(expr.op, kept, other, dtype)
+        if found is not None:
+            return found
     return expr, []
 
 
-def _mask_sum(expr: Expr, dtype: torch.dtype) -> list[tuple[Expr, str]] | None:
-    """The masks of an addend that is a sum of nothing but masks."""
+def _operands(expr: Call) -> list[tuple[Expr, Expr]]:
+    """Of a sum, difference, product or quotient: the operand with the score, and the one without."""
+    if expr.op not in ("add", "sub", "mul", "div"):
+        return []
+    a, b = expr.args
+    pairs = [(a, b), (b, a)] if expr.op in ("add", "mul") else [(a, b)]
+    return [(x, y) for x, y in pairs if "s" in free_vars(x) and "s" not in free_vars(y)]
+
+
+def _combined(op: str, kept: Expr, other: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]] | None:
+    """`kept op other` as one body under the tiers of both, or None where it has none or the tiers would not stay what they are."""
+    rest, masks = _addend(other, dtype) if op == "add" else (other, [])
+    body, tiers = _peeled(kept, dtype)
+    fills = {tier.fill for tier in tiers}
+    if op in ("mul", "div"):
+        positive = isinstance(other, Const) and 0 < other.value < math.inf
+        return (call(op, body, other), tiers) if tiers and positive and fills == {"-inf"} else None
+    if not tiers and not masks:
+        return None
+    if rest is not None:
+        # a finite addend does not move -inf or finfo.min; under =min its gradient would get lost
+        if "=min" in fills and loads(rest):
+            return None
+        body = call(op, body, rest)
+    return body, tiers + [Tier(c, "-inf" if fill == "-inf" else "+min") for c, fill in masks]
+
+
+def _addend(expr: Expr, dtype: torch.dtype) -> tuple[Expr | None, list[tuple[Expr, str]]]:
+    """What an addend adds where it masks nothing (None: zero), and its masks."""
     mask = _added_mask(expr, dtype)
     if mask is not None:
-        return [mask]
+        return None, [mask]
+    if isinstance(expr, Call) and expr.op == "where":
+        condition, a, b = expr.args
+        for kept, filled, allowed in ((a, b, condition), (b, a, call("not", condition))):
+            fill = _fill(filled, dtype)
+            if fill == "-inf" or (fill and not loads(kept)):
+                rest, masks = _addend(kept, dtype)
+                if not masks or fill == "-inf":
+                    return rest, [*masks, (allowed, fill)]
     if isinstance(expr, Call) and expr.op == "add":
-        parts = [_mask_sum(a, dtype) for a in expr.args]
-        if parts[0] is not None and parts[1] is not None:
-            return parts[0] + parts[1]
-    return None
+        (first, some), (second, more) = (_addend(a, dtype) for a in expr.args)
+        if some or more:
+            return second if first is None else first if second is None else call("add", first, second), some + more
+    return expr, []
 
 
 @dataclass
