@@ -190,7 +190,7 @@ def _without_attention_patterns(patches: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _hidden_bmm(weights: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    return torch.ops.aten.bmm.default(weights, value)
+    return torch.bmm(weights, value)
 
 
 def _hide_value_products(graph: fx.Graph) -> None:

@@ -133,10 +133,10 @@ def functions_called(step: Callable[[], object]) -> list[CodeType]:
 
     def profile(frame: FrameType, event: str, argument: object) -> None:
         code = frame.f_code
-        if event == "call" and code.co_filename.startswith(wanted) and threading.get_ident() == main:
-            # an exception in a generator's or comprehension's frame surfaces in the function around it
-            if not code.co_name.startswith("<"):
-                found[code] = None
+        ours = code.co_filename.startswith(wanted) and threading.get_ident() == main
+        # an exception in a generator's or comprehension's frame surfaces in the function around it
+        if event == "call" and ours and not code.co_name.startswith("<"):
+            found[code] = None
 
     sys.setprofile(profile)
     try:
