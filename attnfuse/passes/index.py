@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias
 
 import sympy
+from torch.utils._sympy.functions import FloorDiv
 
 from attnfuse.score import Call, Const, Expr, Var, call
 
@@ -53,8 +54,15 @@ def size_of(value: Any) -> Size:
     """An int or SymInt as a Size."""
     if isinstance(value, int):
         return value
-    expr = value.node.expr
+    expr = value.node.expr.replace(FloorDiv, _quotient_of)
     return int(expr) if expr.is_Integer else expr
+
+
+def _quotient_of(whole: sympy.Expr, part: sympy.Expr) -> sympy.Expr:
+    """`whole // part`, without the rounding where it divides evenly whatever the (positive) symbols are."""
+    ratio = sympy.cancel(whole / part)
+    exact = ratio.is_polynomial() and all(c.is_Integer for c in sympy.Poly(ratio, *ratio.free_symbols).coeffs())
+    return ratio if ratio.is_Integer or (ratio.free_symbols and exact) else FloorDiv(whole, part)
 
 
 def sizes_of(shape: Sequence[Any]) -> tuple[Size, ...]:
