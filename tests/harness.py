@@ -158,6 +158,8 @@ def _results(fn: Function, inputs: tuple[object, ...], gradients: bool) -> dict[
             return x
         # the strides of the input are kept, also where elements overlap
         copy = x.detach().clone() if 0 not in x.stride() else x.detach()
+        for dim in getattr(x, "_dynamo_dynamic_indices", ()):
+            torch._dynamo.mark_dynamic(copy, dim)
         return copy.requires_grad_(gradients and x.is_floating_point())
 
     given = [fresh(x) for x in inputs]

@@ -9,7 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tests.harness import check, qkv, randn, verdict
+from attnfuse.backend import listening
+from attnfuse.remark import Report
+from tests.harness import check, compare, qkv, randn, verdict
 
 SPELLINGS: list[Any] = []
 Inputs = Callable[[], tuple[object, ...]]
@@ -992,3 +994,181 @@ def sdpa_of_three_dimensions(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def sdpa_transposed_in_bfloat16(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
     return out.transpose(1, 2).contiguous().view(2, 6, 16)
+
+
+# Sizes that change
+
+
+DYNAMIC: list[Any] = []
+
+
+def dynamic(text: str, *more: Callable[[int, int], Tensor], **sizes: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function of q, k, v and `more(B, N)`, all of which change with the batch and the length."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        DYNAMIC.append(pytest.param(fn, more, text, sizes, id=fn.__name__))
+        return fn
+
+    return register
+
+
+@dynamic("s*0.5")
+def any_length(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * 0.5).softmax(-1) @ v
+
+
+@dynamic("s*0.5 where n <= m else -inf")
+def any_length_causal_by_comparison(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])
+    return ((q @ k.mT) * 0.5).masked_fill(at > at[:, None], -math.inf).softmax(-1) @ v
+
+
+@dynamic("s*0.5 where n < m + 1 else +min")
+def any_length_causal_by_triu(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    N = q.size(-2)
+    mask = torch.full((N, N), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
+    return ((q @ k.mT) * 0.5 + mask).softmax(-1) @ v
+
+
+@dynamic("s*0.5 where n <= m else -inf")
+def any_length_causal_by_a_slice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    N = v.shape[2]
+    allowed = torch.ones(16, 16, dtype=torch.bool).tril()[:N, :N]
+    return torch.where(allowed, (q @ k.mT) * 0.5, -math.inf).softmax(-1) @ v
+
+
+@dynamic("s*0.5 where n <= m & n > m - 3 else -inf")
+def any_length_in_a_window(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    m, n = torch.arange(q.shape[2])[:, None], torch.arange(k.shape[2])
+    return ((q @ k.mT) * 0.5).masked_fill(~((n <= m) & (n > m - 3)), -math.inf).softmax(-1) @ v
+
+
+@dynamic("pad: bool[:, :]; s*0.5 where n <= m & pad[b, n] else +min", lambda B, N: torch.arange(B * N).view(B, N) > 1)
+def any_length_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    at = torch.arange(q.shape[2])
+    allowed = (at <= at[:, None]) & mask[:, None, None, :]
+    added = torch.zeros((), dtype=q.dtype).masked_fill(~allowed, torch.finfo(q.dtype).min)
+    return ((q @ k.mT) * 0.5 + added).softmax(-1) @ v
+
+
+@dynamic("s*0.5 where n <= m else -inf", Hkv=2)
+def any_length_grouped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, H, M, D = q.shape
+    k, v = repeat_kv(k, 2), repeat_kv(v, 2)
+    at = torch.arange(M)
+    s = ((q @ k.transpose(2, 3)) * 0.5).masked_fill(at > at[:, None], -math.inf)
+    return (s.softmax(-1) @ v).transpose(1, 2).contiguous().view(B, M, H * D)
+
+
+@dynamic("s*0.5")
+def any_length_flattened(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    B, H, M, D = q.shape
+    q, k, v = (x.reshape(B * H, M, D) for x in (q, k, v))
+    return torch.bmm((torch.bmm(q, k.mT) * 0.5).softmax(-1), v).view(B, H, M, D).transpose(1, 2).reshape(B, M, H * D)
+
+
+@dynamic("s*0.5 where n <= m else 0row")
+def any_length_sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True).transpose(1, 2).flatten(2)
+
+
+@dynamic("pad: bool[:, :]; s*0.5 where pad[b, n] else 0row", lambda B, N: torch.arange(B * N).view(B, N) > 1)
+def any_length_sdpa_padded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=mask[:, None, None, :])
+
+
+@dynamic("bias: f32[:, :, :]; s*0.5 + bias[h, m, n]", lambda B, N: randn(4, N, N))
+def any_length_with_a_bias(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return ((q @ k.mT) * 0.5 + bias).softmax(-1) @ v
+
+
+@pytest.mark.parametrize(("fn", "more", "text", "sizes"), DYNAMIC)
+def test_one_compile_serves_two_sizes(
+    fn: Callable[..., Any], more: tuple[Callable[[int, int], Tensor], ...], text: str, sizes: dict[str, Any]
+) -> None:
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager"})
+    with listening(reports.append):
+        for B, N in ((5, 6), (3, 9)):
+            inputs = (*qkv(B=B, M=N, **sizes), *(make(B, N) for make in more))
+            for x in inputs:
+                for dim in range(x.dim()):
+                    if x.shape[dim] in (B, N):
+                        torch._dynamo.mark_dynamic(x, dim)
+            compare(fn, compiled, *inputs)
+    assert [verdict(remark) for report in reports for remark in report.remarks] == [text]
+
+
+@pytest.mark.parametrize(
+    "fn", [any_length_grouped, any_length_flattened, any_length_causal_by_comparison, any_length_sdpa]
+)
+def test_heads_and_depth_that_change(fn: Callable[..., Any]) -> None:
+    compiled = torch.compile(fn, backend="attnfuse", dynamic=True, options={"downstream": "aot_eager"})
+    for B, H, N, D in ((2, 4, 6, 8), (3, 8, 9, 16)):
+        Hkv = H // 2 if fn is any_length_grouped else H
+        compare(fn, compiled, *qkv(B, H, N, D=D, Hkv=Hkv))
+
+
+def test_only_the_number_of_keys_changes() -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(k.shape[2])
+        s = (q @ k.mT).masked_fill(at > at[-q.shape[2] :, None], -math.inf)
+        return s.softmax(-1) @ v
+
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager"})
+    with listening(reports.append):
+        for N in (7, 12):
+            q, k, v = qkv(M=3, N=N)
+            for x in (k, v):
+                torch._dynamo.mark_dynamic(x, 2)
+            compare(fn, compiled, q, k, v)
+    assert [verdict(remark) for report in reports for remark in report.remarks] == [
+        "pos: i64[:]; s where ~n > pos[m] else -inf"
+    ]
+
+
+# Dropout
+
+
+@pytest.mark.parametrize("p", [0.25, 0.5])
+@pytest.mark.parametrize("spelling", ["dropout", "sdpa"])
+def test_dropout(spelling: str, p: float) -> None:
+    """With the identity as v the output shows the weights: each is zero or divided by 1 - p, in the gradient as well."""
+
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        if spelling == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, dropout_p=p)
+        return F.dropout(((q @ k.mT) * 0.5).softmax(-1), p) @ v
+
+    q, k, _ = qkv(B=3, M=32, N=40)
+    v = torch.eye(40).expand(3, 4, 40, 40)
+    q.requires_grad_()
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager"})
+    outs = []
+    with listening(reports.append):
+        for seed in (0, 0, 1):
+            torch.manual_seed(seed)
+            outs.append(compiled(q, k, v))
+        outs.append(compiled(q, k, v))
+    assert [verdict(remark) for report in reports for remark in report.remarks] == [f"dropout {p}; s*0.5"]
+    first, again, other, next_one = (out.detach() for out in outs)
+    assert torch.equal(first, again)
+    weights = ((q @ k.mT) * 0.5).softmax(-1)
+    for out in (first, other, next_one):
+        kept = out != 0
+        torch.testing.assert_close(out, weights.detach() * kept / (1 - p))
+        sigma = math.sqrt(p * (1 - p) / kept.numel())
+        assert abs(kept.double().mean() - (1 - p)) < 4 * sigma
+        assert (kept.double().mean((0, 1, 2)) - (1 - p)).abs().max() < 6 * math.sqrt(p * (1 - p) * 40 / kept.numel())
+    for out in (other, next_one):
+        same = ((out != 0) == (first != 0)).double().mean()
+        assert abs(same - (p**2 + (1 - p) ** 2)) < 0.03
+    dout = randn(*first.shape, seed=5)
+    (actual,) = torch.autograd.grad(outs[0], q, dout)
+    (expected,) = torch.autograd.grad((weights * (first != 0) / (1 - p)), q, dout)
+    torch.testing.assert_close(actual, expected)
