@@ -232,8 +232,7 @@ class Evaluator:
             empty = torch.zeros((), device=self.device, dtype=leaf.dtype)
             return _Value(empty, torch.zeros((), device=self.device, dtype=torch.bool))
         data = leaf[tuple(indices)] if indices else leaf
-        # a value that is not defined passes no gradient to the element that the clamp hit
-        return _Value(data if defined is None else torch.where(defined, data, torch.zeros_like(data)), defined)
+        return _Value(data, defined)
 
 
 def _const_dtype(value: bool | int | float, dtype: torch.dtype) -> torch.dtype:
@@ -259,8 +258,7 @@ def _logic(op: str, a: _Value, b: _Value) -> _Value:
         return _Value(data)
     first = torch.ones_like(a.data) if a.defined is None else a.defined
     second = torch.ones_like(b.data) if b.defined is None else b.defined
-    decided = (first & decided_by_a) | (second & decided_by_b)
-    return _Value(torch.where(decided, torch.tensor(op == "or", device=data.device), data), decided | (first & second))
+    return _Value(data, (first & decided_by_a) | (second & decided_by_b) | (first & second))
 
 
 _IN_FLOAT: Final = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float")

@@ -29,6 +29,8 @@ from attnfuse.score import (
     walk,
 )
 
+_NAME: Final = re.compile(r"[A-Za-z_][A-Za-z_0-9]*")
+_LITERALS: Final = ("True", "False", "inf", "nan")
 LEAF_DTYPES: Final = ("bool", "u8", "i8", "i16", "i32", "i64", "f16", "bf16", "f32", "f64")
 
 
@@ -51,11 +53,24 @@ class Shape(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Leaf:
-    """A tensor that the score reads: its name in the program, its element type (one of `LEAF_DTYPES`) and its rank."""
+    """A tensor that the score reads: its name in the program, its element type (one of `LEAF_DTYPES`) and its rank.
+
+    Raises ValueError for a name that a text could not hold, an unknown dtype or a negative rank.
+    """
 
     name: str
     dtype: str
     rank: int
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name in _LITERALS:
+            raise ValueError(
+                f"leaf name {self.name!r}: expected a name of letters, digits and _, not {', '.join(_LITERALS)}"
+            )
+        if self.dtype not in LEAF_DTYPES:
+            raise ValueError(f"leaf {self.name}: dtype {self.dtype!r}: expected one of {', '.join(LEAF_DTYPES)}")
+        if self.rank < 0:
+            raise ValueError(f"leaf {self.name}: rank {self.rank}: expected 0 or more")
 
     @property
     def kind(self) -> str:
@@ -150,6 +165,10 @@ class AttentionSpec:
             if types[0] != "bool":
                 raise ValueError(f"{expr}: where takes a truth value first, found {types[0]}")
             types = types[1:]
+            if "bool" in types and types[0] != types[1]:
+                raise ValueError(
+                    f"{expr}: where takes two numbers or two truth values, found {types[0]} and {types[1]}"
+                )
         if "bool" in types and expr.op not in ("eq", "ne", "float", "where"):
             raise ValueError(f"{expr}: {expr.op} takes numbers, found bool (write where(…, 1.0, 0.0) or float(…))")
         if expr.op in BOOLEANS:
@@ -161,8 +180,8 @@ class AttentionSpec:
         return "float" if "float" in types else types[0]
 
 
-_DROPOUT: Final = re.compile(r"\s*dropout\s+(\S+)\s*")
-_LEAF: Final = re.compile(r"\s*([A-Za-z_]\w*)\s*:\s*(\w+)\s*\[([:,\s]*)\]\s*")
+_DROPOUT: Final = re.compile(r"\s*dropout\s+([+-]?(?:\d+\.?\d*|\.\d+)(?:[eE][+-]?\d+)?)\s*")
+_LEAF: Final = re.compile(r"\s*([A-Za-z_][A-Za-z_0-9]*)\s*:\s*(\w+)\s*\[\s*(:(?:\s*,\s*:)*)?\s*\]\s*")
 
 
 @lru_cache(maxsize=4096)
@@ -172,18 +191,26 @@ def parse_spec(text: str) -> AttentionSpec:
     Raises ScoreSyntaxError with a position, or ValueError where the parts do not fit together.
     """
     *head, program = text.split(";")
-    leaves, dropout, at = [], 0.0, 0
+    leaves: list[Leaf] = []
+    dropout: float | None = None
+    at = 0
     for part in head:
+        start = at + len(part) - len(part.lstrip())
         leaf, drop = _LEAF.fullmatch(part), _DROPOUT.fullmatch(part)
-        if leaf and leaf[2] in LEAF_DTYPES:
-            leaves.append(Leaf(leaf[1], leaf[2], leaf[3].count(":")))
-        elif drop and re.fullmatch(r"[0-9.eE+-]+", drop[1]):
+        if leaf and leaf[2] in LEAF_DTYPES and leaf[1] not in _LITERALS:
+            leaves.append(Leaf(leaf[1], leaf[2], (leaf[3] or "").count(":")))
+        elif drop and dropout is not None:
+            raise ScoreSyntaxError("dropout is given twice", text, start)
+        elif drop:
             dropout = float(drop[1])
         else:
             wanted = f"a leaf `name: dtype[:, …]` with a dtype of {', '.join(LEAF_DTYPES)}, or `dropout p`"
-            raise ScoreSyntaxError(f"expected {wanted}", text, at + len(part) - len(part.lstrip()))
+            raise ScoreSyntaxError(f"expected {wanted}", text, start)
         at += len(part) + 1
     try:
-        return AttentionSpec(parse(program), tuple(leaves), dropout)
+        return AttentionSpec(parse(program), tuple(leaves), dropout or 0.0)
     except ScoreSyntaxError as error:
         raise ScoreSyntaxError(str(error).partition(" at column")[0], text, at + error.position) from None
+    except RecursionError:
+        pass
+    raise ScoreSyntaxError("nested too deeply", text, at)

@@ -60,7 +60,7 @@ shapes = st.builds(
 
 # --- every operation, as raw trees -----------------------------------------------------------------------------------
 
-INDEX_NAMES = ("b", "h", "m", "n", "B", "H", "M", "N")
+INDEX_NAMES = ("b", "h", "m", "n", "B", "H", "Hkv", "M", "N")
 INT_LOADS = tuple(map(parse_expr, ("doc[b, m]", "doc[b, n]", "pos[b, m]", "length[b]", "bucket[n - m + M - 1]")))
 BOOL_LOADS = tuple(map(parse_expr, ("pad[b, n]", "dense[b, 0, m, n]", "query[b, m]")))
 FLOAT_LOADS = tuple(map(parse_expr, ("slope[h]", "bias[b, h, m, n]", "table[doc[b, n], h]", "sinks[h]")))

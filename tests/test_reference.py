@@ -16,7 +16,7 @@ from strategies import Case, Tensors, bools, cases, float_expressions, ints, spe
 from torch import Tensor
 
 from attnfuse.reference import Evaluator, attention
-from attnfuse.score import Call, Const, Expr, Program, S
+from attnfuse.score import Call, Const, Expr, Program, S, parse_expr
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 
 SHAPE = Shape(2, 4, 2, 5, 7, 8, 6)
@@ -266,6 +266,16 @@ def test_expressions_over_all_indices_are_those_of_each_index(expr: Expr, seed: 
         assert found[b, h, m, n].item() == pytest.approx(evaluate(expr, env, read), rel=1e-12, nan_ok=True)
 
 
+@pytest.mark.parametrize("text", ["n/3", "tanh(n)", "pow(n, 3)", "exp(m)", "sqrt(n)", "log(n + 1)", "rsqrt(n + 2)"])
+def test_functions_of_integers_are_computed_in_the_dtype(text: str) -> None:
+    scores = torch.zeros(1, 1, 1, 5, dtype=torch.float64)
+    found = Evaluator(parse_spec("s"), [], (), scores, 1, torch.float64).of(parse_expr(text))
+    assert found.dtype == torch.float64
+    for n in range(5):
+        expected = evaluate(parse_expr(text), {"n": n, "m": 0}, lambda leaf, indices: 0)
+        assert found[0, 0, 0, n].item() == pytest.approx(expected, rel=1e-14)
+
+
 def test_gpt_oss_gives_its_sink_a_gradient() -> None:
     spec = parse_spec(SPELLINGS["gpt-oss"][0])
     x = operands(spec, torch.float64)
@@ -276,12 +286,13 @@ def test_gpt_oss_gives_its_sink_a_gradient() -> None:
 
 def test_a_sink_of_minus_infinity_is_no_sink() -> None:
     x = operands(parse_spec("sinks: f32[:]; s"), torch.float64)
-    none = torch.full((4,), -INF, dtype=torch.float64)
+    none = torch.full((4,), -INF, dtype=torch.float64, requires_grad=True)
     for fill in ("+min", "0row"):
         mask = f"where n < m else {fill}"
         with_sink, _ = attention(parse_spec(f"sinks: f32[:]; s {mask} sink sinks[h]"), x.q, x.k, x.v, [none])
         without, _ = attention(parse_spec(f"s {mask}"), x.q, x.k, x.v, [])
         torch.testing.assert_close(with_sink, without)
+        assert all(bool(g.isfinite().all()) for g in torch.autograd.grad(with_sink, (x.q, none), x.dout))
 
 
 @pytest.mark.parametrize("kv_heads", [1, 2, 4])
@@ -319,10 +330,10 @@ def test_lse_of_every_kind_of_row() -> None:
         torch.testing.assert_close(lse[:, :, 1:], of_keys[:, :, 1:])
 
 
-def test_sizes_are_given_to_the_program() -> None:
+def test_the_program_knows_the_sizes() -> None:
     x = operands(parse_spec("s"), torch.float64)
     expected, _ = attention(parse_spec("s where n < 3 else -inf"), x.q, x.k, x.v, [])
-    out, _ = attention(parse_spec("s where n < i1 else -inf"), x.q, x.k, x.v, [], sizes=(9, 3))
+    out, _ = attention(parse_spec("s where n < i1 + Hkv - 2 else -inf"), x.q, x.k, x.v, [], sizes=(9, 3))
     torch.testing.assert_close(out, expected)
 
 
@@ -347,6 +358,7 @@ OUTSIDE = "x: f32[:]; "
         "s + x[n - m] where n >= m else -inf",
         "s + x[n - m] where n >= m else 0row",
         "s + x[n - m] where n >= m else =min",
+        "s + x[n - m - 3] where n >= m + 3 else =min",
         "s where n >= m & x[n - m] > 0.0 else +min",
         "s where n < m | x[n - m] > 0.0 else +min",
         "s where ~(n < m | x[n - m] <= 0.0) else +min",
@@ -389,6 +401,8 @@ def test_a_guarded_load_gives_no_gradient_to_the_element_at_the_edge() -> None:
         ("s where x[n - m] > 0.0 else -inf", "x[n - m] reads dimension 0 of x [7] at -4 to 6"),
         ("s where n >= m else -inf where x[n - m] > 0.0 else =min", "x[n - m] reads dimension 0 of x [7] at -4 to 6"),
         ("s + n // m", "n // m divides by zero"),
+        ("s + where(x[n - m] > 0.0, 1.0, 0.0)", "x[n - m] reads dimension 0 of x [7] at -4 to 6"),
+        ("s + x[n - m - 3] where n >= m + 3 else +min", "x[n - m - 3] reads dimension 0 of x [7] at -7 to 3"),
         ("s + x[n % m]", "n % m divides by zero"),
         ("s sink x[h + 5]", "x[h + 5] reads dimension 0 of x [7] at 5 to 8"),
     ],
