@@ -7,7 +7,6 @@ passes emit a library node for it, runs: `Kernel.forward` and `Kernel.backward` 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import NamedTuple, Protocol, runtime_checkable
 
 from torch import Tensor
@@ -42,8 +41,7 @@ class Tiles(NamedTuple):
     block_n: int
 
 
-@dataclass(frozen=True, slots=True)
-class Inputs:
+class Inputs(NamedTuple):
     """The operands of one call, checked against the spec.  `text` is the spec's text, the key of every cache."""
 
     spec: AttentionSpec
@@ -58,8 +56,7 @@ class Inputs:
     out_order: tuple[int, ...]
 
 
-@dataclass(frozen=True, slots=True)
-class Cotangents:
+class Cotangents(NamedTuple):
     """What the backward needs beside the inputs; `needs` says for q, k, v and each leaf whether its gradient is wanted."""
 
     out: Tensor

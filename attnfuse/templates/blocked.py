@@ -36,17 +36,15 @@ class Blocked:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and lse, see `Kernel.forward`."""
-        work = Work(inputs)
-        if _nothing_to_do(inputs.shape):
-            out, lse = work.results()
-            return out.zero_(), lse.fill_(-torch.inf)
-        step = flash_step if flash_step.serves(work) else plain_step
-        runs = cover(inputs)
-        found = flash_step.whole(work, runs[0]) if step is flash_step else None
+        found = flash_step.direct(inputs)
         if found is not None:
-            return _finished(work, *found)
+            return found
+        work = Work(inputs)
         out, lse = work.results()
-        for run in runs:
+        if _nothing_to_do(inputs.shape):
+            return out.zero_(), lse.fill_(-torch.inf)
+        step = plain_step if flash_step.plan_for(inputs) is None else flash_step
+        for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
                     rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
@@ -54,15 +52,23 @@ class Blocked:
                     continue
                 for rows in step.forward(work, run, segment, out, lse):
                     degenerate.forward(work, rows, out, lse)
-        return _finished(work, out, lse)
+        if work.sink is not None:
+            # beside a sink, rows whose scores are all -inf or that have no key are zeros
+            share = torch.sigmoid(lse - work.sink)[..., None]
+            out.mul_(share).masked_fill_(share == 0, 0.0)
+        return out, lse
 
     def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
         """The wanted gradients, see `Kernel.backward`."""
+        found = flash_step.direct_backward(inputs, cotangents)
+        if found is not None:
+            return found
         work = Work(inputs)
         grads = Gradients(work, cotangents)
         if _nothing_to_do(inputs.shape):
             return grads.results()
-        step = flash_step if flash_step.serves(work) and flash_step.differentiates(grads) else plain_step
+        flash = flash_step.plan_for(inputs) is not None and flash_step.differentiates(grads)
+        step = flash_step if flash else plain_step
         for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
@@ -78,12 +84,3 @@ class Blocked:
 def _nothing_to_do(shape: Shape) -> bool:
     """No row, or no key: rows without keys are zeros, whatever the program says."""
     return 0 in (shape.B, shape.H, shape.M, shape.N)
-
-
-def _finished(work: Work, out: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
-    """Results with the sink, in the layout that is asked for."""
-    if work.sink is not None:
-        # beside a sink, rows whose scores are all -inf or that have no key are zeros
-        share = torch.sigmoid(lse - work.sink)[..., None]
-        out = (out * share).masked_fill_(share == 0, 0.0)
-    return work.laid_out(out, work.inputs.v.dtype), lse.contiguous()

@@ -21,8 +21,11 @@ from attnfuse.templates.base import Inputs
 from attnfuse.templates.evaluate import Block, Evaluator, varies
 from attnfuse.tiles import Bounds, RowRange, bounds, row_range
 
-# With fewer rows a segment than this on average, segments are not worth telling apart.
+# More segments than this, and fewer rows in each than that on average, are not worth telling apart.
+_SEGMENTS: Final = 6
 _ROWS_A_SEGMENT: Final = 32
+# Masks of this many elements are looked at in Python rather than by several calls of torch.
+_SMALL: Final = 2048
 
 
 class Segment(NamedTuple):
@@ -93,6 +96,12 @@ class Run(NamedTuple):
     rows: Rows
 
 
+def columns_of(allowed: Tensor) -> tuple[int, int]:
+    """The columns between the first and the last that have an allowed cell; (0, 0) if none has."""
+    first, last, _ = _true_runs(allowed.flatten(0, 2).any(0)[None])[0]
+    return first, last
+
+
 class Mask:
     """The conditions of one spec, sorted by what they depend on."""
 
@@ -104,8 +113,11 @@ class Mask:
         self.starts, self.ends = map(tuple, sides)
         self.rows = Bounds(*(tuple(e for e in s if not varies(e) <= {"b"}) for s in (known.lower, known.upper)))
         moving = (*self.rows.lower, *self.rows.upper)
-        self.by_batch = any("b" in varies(e) for e in moving)
+        self.by_batch = any("b" in varies(e) for e in (*moving, *self.residual))
+        self.rows_by_batch = any("b" in varies(e) for e in moving)
         self.from_indices = not any(loads(e) for e in moving)
+        asked = (*moving, *self.residual)
+        self.from_sizes = not any(loads(e) or "b" in varies(e) for e in asked)
         self.padding_of = Evaluator(spec, self.padding)
         self.interval_of = Evaluator(spec, [*self.starts, *self.ends])
         self.rows_of = Evaluator(spec, moving)
@@ -164,8 +176,8 @@ def cover(inputs: Inputs) -> list[Run]:
     out = []
     for b0, b1 in _equal(intervals, shape.B, alone=mask.by_batch):
         lo, hi, holes = intervals[b0]
-        if mask.from_indices and not mask.by_batch:
-            segments, rows = _index_rows(inputs.text, shape, inputs.sizes, lo, hi)
+        if mask.from_indices and not mask.rows_by_batch:
+            segments, rows = index_rows(inputs.text, shape, inputs.sizes, lo, hi)
         else:
             block = block_of(inputs, (b0, b1), (0, shape.H), (0, shape.M), (0, 1))
             segments, rows = _rows(mask, block, shape, lo, hi)
@@ -196,9 +208,7 @@ def _intervals(mask: Mask, inputs: Inputs) -> list[tuple[int, int, bool]]:
             value = value if isinstance(value, Tensor) else torch.full((1, 1, 1, 1), bool(value))
             allowed = value if allowed is None else allowed & value
         assert allowed is not None
-        allowed = allowed.reshape(allowed.shape[0], -1).expand(-1, N).to(torch.uint8)
-        first, last, count = torch.stack((allowed.argmax(1), N - allowed.flip(1).argmax(1), allowed.sum(1))).tolist()
-        out = [(f, l, c < l - f) if c else (0, 0, False) for f, l, c in zip(first, last, count, strict=True)]
+        out = _true_runs(allowed[:, 0, 0].expand(-1, N))
     if mask.starts or mask.ends:
         values = mask.interval_of(block_of(inputs, (0, B), (0, 1), (0, 1), (0, 1)))
         columns = [x.reshape(-1).tolist() if isinstance(x, Tensor) else [int(x)] for x in values]
@@ -213,8 +223,26 @@ def _intervals(mask: Mask, inputs: Inputs) -> list[tuple[int, int, bool]]:
     return out
 
 
+def _true_runs(allowed: Tensor) -> list[tuple[int, int, bool]]:
+    """First and last true element of each row, and whether there are false ones between."""
+    out = []
+    if allowed.numel() <= _SMALL:
+        for row in allowed.tolist():
+            count = sum(row)
+            first, last = (row.index(True), len(row) - row[::-1].index(True)) if count else (0, 0)
+            out.append((first, last, count < last - first))
+        return out
+    small = allowed.to(torch.uint8)
+    firsts, lasts, counts = torch.stack((small.argmax(1), small.flip(1).argmax(1), small.sum(1))).tolist()
+    for first, after, count in zip(firsts, lasts, counts, strict=True):
+        last = allowed.shape[1] - after
+        out.append((first, last, count < last - first) if count else (0, 0, False))
+    return out
+
+
 @lru_cache(maxsize=1024)
-def _index_rows(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> tuple[tuple[Segment, ...], Rows]:
+def index_rows(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> tuple[tuple[Segment, ...], Rows]:
+    """All rows, and their bounds, where indices and sizes decide them within keys [lo, hi)."""
     ranges = ((0, 1), (0, shape.H), (0, shape.M), (0, 1))
     block = Block({}, named_sizes(shape, sizes), ranges, torch.device("cpu"), torch.float32)
     return _rows(mask_of(text), block, shape, lo, hi)
@@ -251,7 +279,8 @@ def _segments(first: Tensor, last: Tensor) -> tuple[Segment, ...] | None:
     down, right = first.diff(), last.diff()
     irregular = (down < 0) | (down > 1) | (right < 0) | (right > 1) | (empty[1:] != empty[:-1])
     steps, counts = torch.unique_consecutive(torch.where(irregular, -1, 2 * down + right), return_counts=True)
-    if len(steps) > 2 + 2 * M // _ROWS_A_SEGMENT:
+    most = max(_SEGMENTS, M // _ROWS_A_SEGMENT)
+    if len(steps) > 2 * most:
         return None
     parts: list[tuple[int, int, int]] = []
     m0 = end = 0
@@ -266,7 +295,7 @@ def _segments(first: Tensor, last: Tensor) -> tuple[Segment, ...] | None:
             m0 = end + 1
     if m0 < M:
         parts.append((m0, M, 0))
-    if len(parts) > 2 + M // _ROWS_A_SEGMENT:
+    if len(parts) > most:
         return None
     firsts, lasts = first.tolist(), last.tolist()
     return tuple(Segment(m0, m1, firsts[m0], lasts[m0], step >> 1, step & 1) for m0, m1, step in parts)

@@ -18,13 +18,12 @@ _MIN: Final = torch.finfo(torch.float32).min
 def forward(work: Work, rows: Rows, out: Tensor, lse: Tensor) -> None:
     """Writes out, as it is without a sink, and lse of rows without a key."""
     if not _has_minimal(work):
-        _write(rows, out, torch.tensor(0.0 if "0row" in work.fills else torch.nan))
-        _write(rows, lse, torch.tensor(-torch.inf))
+        _write(rows, out, 0.0 if "0row" in work.fills else torch.nan)
+        _write(rows, lse, -torch.inf)
     elif len(work.inputs.spec.program.tiers) == 1 and not work.dropout:
-        b, h, _, _ = rows
-        v = work.inputs.v[b[0] : b[1], h[0] // work.group : h[1] // work.group]
-        _write(rows, out, v.to(work.dtype).mean(2, keepdim=True).repeat_interleave(work.group, 1))
-        _write(rows, lse, torch.tensor(_MIN))
+        mean = _heads(work, rows, work.inputs.v).mean(2, keepdim=True, dtype=work.dtype)
+        _write(rows, out, mean if work.group == 1 else mean.repeat_interleave(work.group, 1))
+        _write(rows, lse, _MIN)
     else:
         for part in _parts(work, rows):
             weights, count, _ = _weights(work, part)
@@ -104,13 +103,12 @@ def _block(work: Work, rows: Rows) -> Block:
     return work.block(rows.b, rows.h, rows.m, (0, work.shape.N))
 
 
-def _write(rows: Rows, target: Tensor, values: Tensor) -> None:
+def _write(rows: Rows, target: Tensor, values: Tensor | float) -> None:
     where = _slices(rows)
-    if rows.which is None:
-        target[where] = values.to(target.dtype)
-        return
-    which = rows.which if target.dim() == 3 else rows.which[..., None]
-    target[where] = torch.where(which, values.to(target.dtype), target[where])
+    if rows.which is not None:
+        which = rows.which if target.dim() == 3 else rows.which[..., None]
+        values = torch.where(which, values, target[where])
+    target[where] = values
 
 
 def _parts(work: Work, rows: Rows) -> Iterator[Rows]:

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from attnfuse.score import BOOLEANS, Const, Expr, Load, Var, free_vars
+from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Var, free_vars
 from attnfuse.spec import AttentionSpec
 
 Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
@@ -56,11 +56,12 @@ class Block:
 
 @dataclass(frozen=True, slots=True)
 class _Step:
-    """`registers[out] = run(block, *registers[args])`."""
+    """`registers[out] = run(block, *registers[args])`, or, in the memory of the first of `args`, `in_place(*registers[args])`."""
 
     run: Callable[..., Value]
     args: tuple[int, ...]
     out: int
+    in_place: Callable[..., Tensor] | None = None
 
 
 class Evaluator:
@@ -70,18 +71,42 @@ class Evaluator:
         self._spec = spec
         self._steps: list[_Step] = []
         self._registers: dict[Expr, int] = {}
+        self._fresh: set[int] = set()
         self._s = -1
         self._outputs = [self._compile(e) for e in exprs]
+        self._reuse_memory()
 
     def __call__(self, block: Block, s: Tensor | None = None) -> list[Value]:
-        """The values of the expressions, in order."""
+        """The values of the expressions, in order; one of them may be `s`, and the memory of `s` may be overwritten."""
         registers: list[Value] = [0.0] * len(self._registers)
         if self._s >= 0:
             assert s is not None
             registers[self._s] = s
         for step in self._steps:
-            registers[step.out] = step.run(block, *[registers[a] for a in step.args])
+            args = [registers[a] for a in step.args]
+            first = args[0] if step.in_place is not None else None
+            if isinstance(first, Tensor) and s is not None and first.shape == s.shape and first.dtype == block.dtype:
+                assert step.in_place is not None
+                registers[step.out] = step.in_place(*args)
+            else:
+                registers[step.out] = step.run(block, *args)
         return [registers[out] for out in self._outputs]
+
+    def _reuse_memory(self) -> None:
+        """Lets a step write into its first operand where nothing needs that any more."""
+        last_use = {register: at for at, step in enumerate(self._steps) for register in step.args}
+        ops = {register: expr for expr, register in self._registers.items()}
+        for at, step in enumerate(self._steps):
+            expr = ops[step.out]
+            if not isinstance(expr, Call) or expr.op not in _IN_PLACE or self._spec.type_of(expr) != "float":
+                continue
+            args = step.args
+            orders = [args, args[::-1]] if expr.op in ("add", "mul") else [args]
+            for first, *others in orders:
+                free = first in self._fresh and first not in self._outputs and first not in others
+                if free and last_use[first] == at:
+                    self._steps[at] = _Step(step.run, (first, *others), step.out, _IN_PLACE[expr.op])
+                    break
 
     def _compile(self, expr: Expr) -> int:
         if expr in self._registers:
@@ -102,7 +127,7 @@ class Evaluator:
             else:
                 run = _slice(expr.leaf, sliced, kind)
         else:
-            args = tuple(self._compile(a) for a in expr.args)
+            args = tuple([self._compile(a) for a in expr.args])
             types = [self._spec.type_of(a) for a in expr.args]
             run = _operation(expr.op, types, self._spec.type_of(expr))
         out = self._registers[expr] = len(self._registers)
@@ -110,6 +135,8 @@ class Evaluator:
             self._s = out
         else:
             self._steps.append(_Step(run, args, out))
+        if run is None or (isinstance(expr, Call) and expr.op in _NEW):
+            self._fresh.add(out)
         return out
 
 
@@ -269,6 +296,23 @@ _ARITHMETIC: Final[Mapping[str, Callable[..., Value]]] = {
     "eq": operator.eq,
     "ne": operator.ne,
 }
+
+
+_IN_PLACE: Final[Mapping[str, Callable[..., Tensor]]] = {
+    "add": Tensor.add_,
+    "sub": Tensor.sub_,
+    "mul": Tensor.mul_,
+    "div": Tensor.div_,
+    "neg": Tensor.neg_,
+    "tanh": Tensor.tanh_,
+    "exp": Tensor.exp_,
+    "log": Tensor.log_,
+    "sqrt": Tensor.sqrt_,
+    "rsqrt": Tensor.rsqrt_,
+    "sigmoid": Tensor.sigmoid_,
+}
+# Operations whose result, if it is a tensor, is never one of their operands or a view of one.
+_NEW: Final = (*_IN_PLACE, "pow", "abs", "min", "max")
 
 
 def _integer_division(function: Callable[..., Value], a: Value, b: Value) -> Value:

@@ -1,7 +1,8 @@
 """The inner step for `s*scale + bias` without dropout: the library's flash kernel, which takes grouped heads as they are.
 
 A segment whose rows all start at one key is a rectangle, a causal square, or one beside the other, merged by their
-log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask.
+log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask.  A call that is one rectangle or
+one square for every value of its leaves is handed to the kernel as it is (`direct`, `direct_backward`).
 """
 
 from __future__ import annotations
@@ -15,39 +16,42 @@ from torch import Tensor
 
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
-from attnfuse.templates.cover import Run, Segment, named_sizes
+from attnfuse.templates.base import Cotangents, Inputs
+from attnfuse.templates.cover import Run, Segment, columns_of, index_rows, mask_of, named_sizes
 from attnfuse.templates.evaluate import Evaluator, varies
 from attnfuse.templates.plain_step import Rows
-from attnfuse.templates.work import Gradients, Work, tensor_of
+from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
-_ROWS: Final = 256
+_ROWS: Final = 128
 
 
-class _Score(NamedTuple):
+class _Plan(NamedTuple):
+    """The score as the kernel takes it."""
+
     scale: float
     bias: Evaluator | None
     bias_by_row: bool
 
 
 @lru_cache(maxsize=1024)
-def _score(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Score | None:
-    """The score as the kernel takes it, or None where it has another form."""
+def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     spec = parse_spec(text)
     form = affine(spec.program.body)
     scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
     if form is None or scale is None or spec.dropout or not shape.D == shape.Dv > 0:
         return None
     if form.bias is None:
-        return _Score(scale, None, bias_by_row=False)
-    return _Score(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias))
+        return _Plan(scale, None, bias_by_row=False)
+    return _Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias))
 
 
-def serves(work: Work) -> bool:
-    """Whether the kernel computes this call."""
-    inputs = work.inputs
-    return inputs.q.dtype == inputs.v.dtype and _score(inputs.text, inputs.shape, inputs.sizes) is not None
+def plan_for(inputs: Inputs) -> _Plan | None:
+    """The score of a call that the kernel computes, else None."""
+    if inputs.q.dtype != inputs.v.dtype:
+        return None
+    return _plan(inputs.text, inputs.shape, inputs.sizes)
 
 
 def differentiates(grads: Gradients) -> bool:
@@ -55,80 +59,98 @@ def differentiates(grads: Gradients) -> bool:
     return grads.dlse is None and not grads.from_body
 
 
-class _Part(NamedTuple):
-    """One call of the kernel."""
+class _Span(NamedTuple):
+    """Keys [n0, n1) for all rows of a segment, or for row i of them the first i + 1 of these keys."""
 
-    m: tuple[int, int]
+    n0: int
+    n1: int
+    causal: bool
+
+
+def _spans(segment: Segment) -> tuple[_Span, ...] | None:
+    """The keys of a segment without a mask, where that can be said."""
+    m0, m1, first, last, down, right, exact = segment
+    if not exact or (down and m1 - m0 > 1):
+        return None
+    if not right or m1 - m0 == 1:
+        return (_Span(first, last, causal=False),)
+    square = _Span(last - 1, last - 1 + m1 - m0, causal=True)
+    return (square,) if first == square.n0 else (square, _Span(first, square.n0, causal=False))
+
+
+class _Part(NamedTuple):
+    """One call of the kernel; `mask` [b, h, m, n] is added to the scores."""
+
     n: tuple[int, int]
     causal: bool = False
     mask: Tensor | None = None
 
 
 class _Group(NamedTuple):
-    """Parts that share their rows; `empty` are the rows without a key."""
+    """The parts of some rows, none where no row has a key.
 
+    Args:
+        empty: rows without a key, bool [b, h, m].
+        dead: rows in which the score of each key is -inf, bool [b, h, m]; the kernel gives zeros there.
+    """
+
+    m: tuple[int, int]
     parts: tuple[_Part, ...]
     empty: Tensor | None = None
+    dead: Tensor | None = None
 
 
-def _groups(work: Work, run: Run, segment: Segment) -> Iterator[_Group]:
-    """The calls that a segment needs."""
-    score = _score(work.inputs.text, work.shape, work.inputs.sizes)
-    assert score is not None
-    one_start = segment.exact and segment.down == 0 and not (score.bias is not None and score.bias_by_row)
-    if one_start and (not run.holes or segment.first == run.lo):
-        # the first key of a batch's interval is allowed, so no row is empty
-        m0, m1, first, last, _, right, _ = segment
-        if m1 - m0 == 1 or not right:
-            ranges = [((first, last), False)]
-        else:
-            ranges = [((last - 1, last - 1 + m1 - m0), True)]
-            if first < last - 1:
-                ranges.append(((first, last - 1), False))
-        parts = [
-            _Part((m0, m1), n, causal, _mask(work, run, score, (m0, m1), n, edge=False)[0]) for n, causal in ranges
-        ]
-        yield _Group(tuple(parts))
+def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
+    rows = (segment.m0, segment.m1)
+    spans = _spans(segment)
+    if spans is not None and plan.bias is None and not run.holes:
+        yield _Group(rows, tuple(_Part((n0, n1), causal) for n0, n1, causal in spans))
         return
-    may_be_empty = run.holes or not segment.exact
-    for m0 in range(segment.m0, segment.m1, _ROWS):
-        rows = (m0, min(m0 + _ROWS, segment.m1))
-        first, last, full_first, full_last = run.rows.range(*rows)
+    if spans is not None and len(spans) == 1 and not plan.bias_by_row and (not run.holes or segment.first == run.lo):
+        # one mask for all rows; the first key of a batch's interval is allowed, so that no row is empty
+        n0, n1, causal = spans[0]
+        yield _masked(work, run, plan, rows, _Part((n0, n1), causal), edge=False, may_be_empty=False)
+        return
+    for m0 in range(*rows, _ROWS):
+        block = (m0, min(m0 + _ROWS, segment.m1))
+        first, last, full_first, full_last = run.rows.range(*block)
         if first >= last:
-            yield _Group((_Part(rows, (0, 0)),))
+            yield _Group(block, ())
             continue
         edge = (first, last) != (full_first, full_last)
-        mask, allowed = _mask(work, run, score, rows, (first, last), edge=edge)
-        empty = None
-        if may_be_empty and allowed is not None:
-            empty = ~allowed.any(-1)
-            empty = empty.expand(run.b1 - run.b0, work.shape.H, rows[1] - rows[0]) if bool(empty.any()) else None
-        yield _Group((_Part(rows, (first, last), mask=mask),), empty)
+        may_be_empty = run.holes or not segment.exact
+        yield _masked(work, run, plan, block, _Part((first, last)), edge=edge, may_be_empty=may_be_empty)
 
 
-def _mask(
-    work: Work, run: Run, score: _Score, rows: tuple[int, int], keys: tuple[int, int], *, edge: bool
-) -> tuple[Tensor | None, Tensor | None]:
-    """What is added to the scores, [b, h, m, n] by strides of 0 where it does not vary, and the cells that are allowed."""
-    allowed = None
-    block = work.block((run.b0, run.b1), (0, work.shape.H), rows, keys)
-    if edge or run.holes or work.mask.residual:
-        allowed = work.mask.allowed(block, edge=edge, holes=run.holes)
-    if allowed is None and score.bias is None:
-        return None, None
-    mask = torch.zeros((), dtype=work.dtype)
-    if score.bias is not None:
-        mask = tensor_of(score.bias(block)[0], work.dtype)
+def _masked(
+    work: Work, run: Run, plan: _Plan, rows: tuple[int, int], part: _Part, *, edge: bool, may_be_empty: bool
+) -> _Group:
+    shape = (run.b1 - run.b0, work.shape.H, rows[1] - rows[0])
+    m = rows if edge or plan.bias_by_row or work.mask.residual else (rows[0], rows[0] + 1)
+    block = work.block((run.b0, run.b1), (0, work.shape.H), m, part.n)
+    allowed = work.mask.allowed(block, edge=edge, holes=run.holes)
+    empty = dead = None
+    mask = torch.zeros((1, 1, 1, 1), dtype=work.dtype)
+    if plan.bias is not None:
+        mask = tensor_of(plan.bias(block)[0], work.dtype)
     if allowed is not None:
         mask = mask.masked_fill(~allowed, -torch.inf)
-    size = (run.b1 - run.b0, work.shape.H, rows[1] - rows[0], keys[1] - keys[0])
-    return mask.expand(size), allowed
+    elif plan.bias is None:
+        return _Group(rows, (part,))
+    n = part.n
+    if may_be_empty and allowed is not None:
+        empty = _where(~allowed.any(-1), shape)
+        c0, c1 = columns_of(allowed.expand(-1, -1, -1, n[1] - n[0]))
+        if c0 == c1:
+            return _Group(rows, ())
+        n, mask = (n[0] + c0, n[0] + c1), mask.expand(-1, -1, -1, n[1] - n[0])[..., c0:c1]
+    if plan.bias is not None:
+        dead = _where(mask.amax(-1) == -torch.inf, shape)
+    return _Group(rows, (_Part(n, part.causal, mask.expand(*shape, n[1] - n[0])),), empty, dead)
 
 
-def _slices(run: Run, part: _Part) -> tuple[tuple[slice, ...], tuple[slice, ...]]:
-    """Where the part's rows and keys are in q, out, lse and in k, v."""
-    b, every = slice(run.b0, run.b1), slice(None)
-    return (b, every, slice(*part.m)), (b, every, slice(*part.n))
+def _where(rows: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
+    return rows.expand(shape) if bool(rows.any()) else None
 
 
 def _unit_stride(x: Tensor) -> Tensor:
@@ -136,87 +158,116 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
-def whole(work: Work, run: Run) -> tuple[Tensor, Tensor] | None:
-    """out and lse of a call whose only run is one rectangle or one causal square, as the kernel gives them."""
-    segment = run.segments[0]
-    rows = (0, work.shape.M)
-    if len(run.segments) > 1 or run.b1 - run.b0 < work.shape.B or segment.empty or not segment.exact:
-        return None
-    groups = _groups(work, run, segment)
-    group = next(groups)
-    if len(group.parts) > 1 or group.parts[0].m != rows or group.empty is not None:
-        return None
-    return _call(work, run, group.parts[0])
-
-
-def _call(work: Work, run: Run, part: _Part) -> tuple[Tensor, Tensor]:
-    inputs = work.inputs
-    score = _score(inputs.text, inputs.shape, inputs.sizes)
-    assert score is not None
-    rows, keys = _slices(run, part)
-    q, k, v = (_unit_stride(x[at]) for x, at in ((inputs.q, rows), (inputs.k, keys), (inputs.v, keys)))
-    return _FORWARD(q, k, v, 0.0, part.causal, attn_mask=part.mask, scale=score.scale)  # type: ignore[no-any-return]
-
-
 def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) -> Iterator[Rows]:
     """Writes the rows of a segment; yields those that turn out to have no key."""
-    heads = (0, work.shape.H)
-    for group in _groups(work, run, segment):
-        part, *others = group.parts
-        if part.n[0] >= part.n[1]:
-            yield Rows((run.b0, run.b1), heads, part.m)
+    inputs = work.inputs
+    plan = plan_for(inputs)
+    assert plan is not None
+    b0, b1 = run.b0, run.b1
+    for (m0, m1), parts, empty, dead in _groups(work, run, segment, plan):
+        if not parts:
+            yield Rows((b0, b1), (0, work.shape.H), (m0, m1))
             continue
-        values, sums = _call(work, run, part)
-        for other in others:
-            values, sums = _merged(values, sums, *_call(work, run, other))
-        rows, _ = _slices(run, part)
-        out[rows], lse[rows] = values, sums
-        if group.empty is not None:
-            yield Rows((run.b0, run.b1), heads, part.m, group.empty)
+        q = _unit_stride(inputs.q[b0:b1, :, m0:m1])
+        results = [
+            _FORWARD(
+                q,
+                _unit_stride(inputs.k[b0:b1, :, n0:n1]),
+                _unit_stride(inputs.v[b0:b1, :, n0:n1]),
+                0.0,
+                causal,
+                attn_mask=mask,
+                scale=plan.scale,
+            )
+            for (n0, n1), causal, mask in parts
+        ]
+        values, sums = results[0] if len(results) == 1 else _merged(*results)
+        if dead is not None:
+            values, sums = values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
+        out[b0:b1, :, m0:m1] = values
+        lse[b0:b1, :, m0:m1] = sums
+        if empty is not None:
+            yield Rows((b0, b1), (0, work.shape.H), (m0, m1), empty)
 
 
-def _merged(a: Tensor, lse_a: Tensor, b: Tensor, lse_b: Tensor) -> tuple[Tensor, Tensor]:
+def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
     """Attention over two sets of keys from attention over each."""
-    share = torch.sigmoid(lse_b - lse_a)[..., None]
-    return torch.lerp(a.to(share.dtype), b.to(share.dtype), share), torch.logaddexp(lse_a, lse_b)
+    share = torch.sigmoid(b[1] - a[1])[..., None]
+    return torch.lerp(a[0].to(share.dtype), b[0].to(share.dtype), share), torch.logaddexp(a[1], b[1])
 
 
 def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterator[Rows]:
     """Adds what the rows of a segment give to the gradients; yields those that turn out to have no key."""
-    inputs, heads = work.inputs, (0, work.shape.H)
-    score = _score(inputs.text, inputs.shape, inputs.sizes)
-    assert score is not None
-    for group in _groups(work, run, segment):
-        dq: Tensor | None = None
-        for part in group.parts:
-            rows, keys = _slices(run, part)
-            if part.n[0] >= part.n[1]:
-                yield Rows((run.b0, run.b1), heads, part.m)
-                break
-            out, lse = grads.out[rows], grads.row_lse[rows]
-            if group.empty is not None:
-                # no weight in this pass, and no NaN
-                out, lse = out.masked_fill(group.empty[..., None], 0.0), lse.masked_fill(group.empty, torch.inf)
-            q, k, v = (_unit_stride(x[at]) for x, at in ((inputs.q, rows), (inputs.k, keys), (inputs.v, keys)))
-            dq_part, dk, dv = _BACKWARD(
-                grads.dout[rows],
-                q,
-                k,
-                v,
-                out,
-                lse,
-                0.0,
-                part.causal,
-                attn_mask=part.mask,
-                scale=score.scale,
-            )
-            dq = dq_part if dq is None else dq.to(work.dtype) + dq_part
+    inputs = work.inputs
+    plan = plan_for(inputs)
+    assert plan is not None
+    b0, b1 = run.b0, run.b1
+    for (m0, m1), parts, empty, _ in _groups(work, run, segment, plan):
+        rows = Rows((b0, b1), (0, work.shape.H), (m0, m1), empty)
+        if not parts:
+            yield rows
+            continue
+        q, dout, out, lse = (x[b0:b1, :, m0:m1] for x in (inputs.q, grads.dout, grads.out, grads.row_lse))
+        if empty is not None:
+            # no weight in this pass, and no NaN
+            out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
+        q = _unit_stride(q)
+        dqs: list[Tensor] = []
+        for (n0, n1), causal, mask in parts:
+            k, v = (_unit_stride(x[b0:b1, :, n0:n1]) for x in (inputs.k, inputs.v))
+            dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=plan.scale)
+            dqs.append(dq)
             if grads.dk is not None:
-                grads.dk[keys] += dk
+                grads.dk[b0:b1, :, n0:n1] += dk
             if grads.dv is not None:
-                grads.dv[keys] += dv
-        else:
-            if grads.dq is not None and dq is not None:
-                grads.dq[_slices(run, group.parts[0])[0]] = dq
-            if group.empty is not None:
-                yield Rows((run.b0, run.b1), heads, group.parts[0].m, group.empty)
+                grads.dv[b0:b1, :, n0:n1] += dv
+        if grads.dq is not None:
+            grads.dq[b0:b1, :, m0:m1] = dqs[0] if len(dqs) == 1 else sum(dq.to(work.dtype) for dq in dqs)
+        if empty is not None:
+            yield rows
+
+
+class _Direct(NamedTuple):
+    scale: float
+    causal: bool
+
+
+@lru_cache(maxsize=1024)
+def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
+    """How one call of the kernel serves every call of these sizes, if it does."""
+    mask = mask_of(text)
+    plan = _plan(text, shape, sizes)
+    free = not (mask.padding or mask.starts or mask.ends or mask.by_batch) and mask.from_indices
+    if plan is None or plan.bias is not None or not free or 0 in shape or parse_spec(text).program.sink is not None:
+        return None
+    segments, _ = index_rows(text, shape, sizes, 0, shape.N)
+    spans = _spans(segments[0])
+    if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
+        return None
+    (n0, n1, causal) = spans[0]
+    return _Direct(plan.scale, causal) if n0 == 0 and (causal or n1 == shape.N) else None
+
+
+def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
+    """out and lse by one call of the kernel, where that is the whole call."""
+    found = _direct(inputs.text, inputs.shape, inputs.sizes)
+    if found is None or inputs.q.dtype != inputs.v.dtype:
+        return None
+    q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
+    out, lse = _FORWARD(q, k, v, 0.0, found.causal, scale=found.scale)
+    return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
+
+
+def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
+    """The wanted gradients by one call of the kernel, where that is the whole call."""
+    found = _direct(inputs.text, inputs.shape, inputs.sizes)
+    if found is None or inputs.q.dtype != inputs.v.dtype or cotangents.dlse is not None or any(cotangents.needs[3:]):
+        return None
+    if cotangents.dout is None:
+        return None
+    q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
+    given = (cotangents.dout, q, k, v, cotangents.out, cotangents.lse)
+    grads = _BACKWARD(*given, 0.0, found.causal, scale=found.scale)
+    return [
+        laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
+    ]

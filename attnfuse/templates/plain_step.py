@@ -8,9 +8,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnfuse.score import S
 from attnfuse.spec import Shape
-from attnfuse.templates.cover import Run, Segment
+from attnfuse.templates.cover import Run, Segment, columns_of
+from attnfuse.templates.evaluate import Value
 from attnfuse.templates.work import BLOCK_CELLS, Gradients, Work, slopes_of, tensor_of
 
 
@@ -24,39 +24,60 @@ class Rows(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Whole KV groups of some batches, a block of rows, its keys; the mask is asked for the columns in `masked`."""
+    """Whole KV groups of some batches, a block of rows, its keys; `masks` are columns with their allowed cells."""
 
     b: tuple[int, int]
     kv: tuple[int, int]
     h: tuple[int, int]
     m: tuple[int, int]
     n: tuple[int, int]
-    masked: tuple[tuple[int, int], ...]
+    masks: tuple[tuple[int, int, Tensor], ...]
 
 
 def rows_of_block(shape: Shape) -> int:
     """Rows of one block: multiples of 16 that keep the scores of one KV head's group in the caches."""
     fitting = BLOCK_CELLS // max(1, shape.N * (shape.H // shape.Hkv))
-    return min(128, max(16, fitting // 16 * 16))
+    return min(64, max(16, fitting // 16 * 16))
 
 
 def _tiles(work: Work, run: Run, segment: Segment) -> Iterator[_Tile]:
     shape, group = work.shape, work.group
     height = rows_of_block(shape)
     for m0 in range(segment.m0, segment.m1, height):
-        m1 = min(m0 + height, segment.m1)
-        first, last, full_first, full_last = run.rows.range(m0, m1)
-        masked: tuple[tuple[int, int], ...] = ((first, last),)
-        if not run.holes and not work.mask.residual:
-            masked = tuple(edge for edge in ((first, full_first), (full_last, last)) if edge[0] < edge[1])
-        cells = group * (m1 - m0) * max(1, last - first)
+        rows = (m0, min(m0 + height, segment.m1))
+        keys, masks = _keys(work, run, rows)
+        cells = group * (rows[1] - m0) * max(1, keys[1] - keys[0])
         heads = max(1, min(shape.Hkv, BLOCK_CELLS // cells))
         batches = max(1, BLOCK_CELLS // (cells * shape.Hkv))
         for b in range(run.b0, run.b1, batches):
+            some = (b, min(b + batches, run.b1))
             for kv in range(0, shape.Hkv, heads):
                 end = min(kv + heads, shape.Hkv)
                 whole = (kv * group, end * group)
-                yield _Tile((b, min(b + batches, run.b1)), (kv, end), whole, (m0, m1), (first, last), masked)
+                parts = [(c0, c1, _part(x, (b - run.b0, some[1] - run.b0), whole)) for c0, c1, x in masks]
+                yield _Tile(some, (kv, end), whole, rows, keys, tuple(parts))
+
+
+def _keys(work: Work, run: Run, rows: tuple[int, int]) -> tuple[tuple[int, int], list[tuple[int, int, Tensor]]]:
+    """The keys that a block of rows needs, and the columns, counted from the first key, in which some are not allowed."""
+    first, last, full_first, full_last = run.rows.range(*rows)
+    b, h = (run.b0, run.b1), (0, work.shape.H)
+    if not run.holes and not work.mask.residual:
+        edges = [(c0, c1) for c0, c1 in ((first, full_first), (full_last, last)) if c0 < c1]
+        found = [(c0 - first, c1 - first, work.allowed(b, h, rows, (c0, c1), holes=False)) for c0, c1 in edges]
+        return (first, last), [(c0, c1, x) for c0, c1, x in found if x is not None]
+    allowed = work.allowed(b, h, rows, (first, last), run.holes) if first < last else None
+    if allowed is None:
+        return (first, last), []
+    allowed = allowed.expand(-1, -1, -1, last - first)
+    c0, c1 = columns_of(allowed)
+    return (first + c0, first + c1), [(0, c1 - c0, allowed[..., c0:c1])]
+
+
+def _part(x: Tensor, b: tuple[int, int], h: tuple[int, int]) -> Tensor:
+    """Some batches and heads of a mask that may not vary with them."""
+    x = x if x.shape[0] == 1 else x[b[0] : b[1]]
+    return x if x.shape[1] == 1 else x[:, h[0] : h[1]]
 
 
 def folded(x: Tensor, kv_heads: int) -> Tensor:
@@ -66,7 +87,7 @@ def folded(x: Tensor, kv_heads: int) -> Tensor:
 
 
 class _Scores:
-    """The scores of one tile, masked, and the operands they came from."""
+    """The scores of one tile before the score program, their mask, and the operands they came from."""
 
     def __init__(self, work: Work, run: Run, tile: _Tile, may_be_empty: bool) -> None:
         inputs = work.inputs
@@ -78,33 +99,27 @@ class _Scores:
         self.v = work.v[b0:b1, kv0:kv1, n0:n1].reshape(-1, n1 - n0, inputs.shape.Dv)
         self.block = work.block(tile.b, tile.h, tile.m, tile.n)
         self.raw = torch.bmm(self.q, self.k.mT).view(self.shape)
-        self.masks = [
-            (c0 - n0, c1 - n0, mask)
-            for c0, c1 in tile.masked
-            if (mask := self._mask(work, run, tile, (c0, c1))) is not None
-        ]
-        unmasked = sum(c1 - c0 for c0, c1, _ in self.masks) < n1 - n0
+        self.masked = [(c0, c1, ~allowed) for c0, c1, allowed in tile.masks]
         self.empty: Tensor | None = None
-        if may_be_empty and not unmasked:
-            allowed = [mask.any(-1) for _, _, mask in self.masks]
-            empty = ~allowed[0] if len(allowed) == 1 else ~(allowed[0] | allowed[1])
-            self.empty = empty.expand(self.shape[:3]) if bool(empty.any()) else None
-
-    @staticmethod
-    def _mask(work: Work, run: Run, tile: _Tile, columns: tuple[int, int]) -> Tensor | None:
-        return work.mask.allowed(work.block(tile.b, tile.h, tile.m, columns), edge=True, holes=run.holes)
+        if may_be_empty and sum(c1 - c0 for c0, c1, _ in tile.masks) == n1 - n0:
+            some = torch.zeros((1, 1, 1), dtype=torch.bool)
+            for _, _, allowed in tile.masks:
+                some = some | allowed.any(-1)
+            self.empty = (~some).expand(self.shape[:3]) if not bool(some.all()) else None
 
     def fill(self, x: Tensor, value: float) -> Tensor:
         """`x` with `value` in the cells that are not allowed."""
-        for c0, c1, mask in self.masks:
-            x[..., c0:c1].masked_fill_(~mask, value)
+        for c0, c1, masked in self.masked:
+            part = x if c1 - c0 == x.shape[-1] else x[..., c0:c1]
+            part.masked_fill_(masked, value)
         return x
 
-    def owned(self, value: Tensor) -> Tensor:
-        """A value as a tensor of all cells that may be written."""
-        if value.shape != self.shape or value is self.raw:
-            return value.expand(self.shape).clone()
-        return value
+    def writable(self, value: Value, *others: Value) -> Tensor:
+        """A value, none of `others`, as a tensor of all cells that may be written."""
+        x = tensor_of(value, self.block.dtype)
+        if x.shape != self.shape or not x.is_contiguous() or any(value is other for other in others):
+            return x.expand(self.shape).clone(memory_format=torch.contiguous_format)
+        return x
 
     def matrices(self, x: Tensor) -> Tensor:
         """Cells as a batch of matrices, one for each KV head."""
@@ -121,10 +136,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
             yield Rows(tile.b, tile.h, tile.m)
             continue
         scores = _Scores(work, run, tile, may_be_empty)
-        x = scores.raw
-        if work.inputs.spec.program.body != S:
-            x = scores.owned(tensor_of(work.meaning.body(scores.block, x)[0], work.dtype))
-        scores.fill(x, -torch.inf)
+        x = scores.fill(scores.writable(*work.meaning.body(scores.block, scores.raw)), -torch.inf)
         weights = torch.softmax(x, -1)
         greatest = x.amax(-1)
         # the weight of the greatest score is exp(greatest - lse)
@@ -161,8 +173,11 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
     if scores.empty is not None:
         # no weight in this pass
         lse, lse_alone = (x.masked_fill(scores.empty[..., None], torch.inf) for x in (lse, lse_alone))
-    x = scores.fill(scores.owned(tensor_of(body, work.dtype)), -torch.inf)
-    weights = torch.exp(x - lse)
+    x = scores.fill(scores.writable(body, by_s, *by_load), -torch.inf)
+    alone = None
+    if grads.dlse is not None and work.sink is not None:
+        alone = torch.exp(x - lse_alone)
+    weights = x.sub_(lse).exp_()
     dout = folded(grads.dout[b0:b1, h0:h1, m0:m1].to(work.dtype), scores.kv_heads)
     dropped = work.dropped(scores.block) if work.dropout else None
     if grads.dv is not None:
@@ -175,19 +190,22 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
         dx.masked_fill_(dropped, 0.0).mul_(1 / (1 - work.dropout))
     dx.sub_(grads.delta[b0:b1, h0:h1, m0:m1, None]).mul_(weights)
     if grads.dlse is not None:
-        alone = weights if work.sink is None else torch.exp(x - lse_alone)
-        dx.addcmul_(alone, grads.dlse[b0:b1, h0:h1, m0:m1, None].to(work.dtype))
+        dx.addcmul_(weights if alone is None else alone, grads.dlse[b0:b1, h0:h1, m0:m1, None].to(work.dtype))
     for load, indices, slope in zip(slopes.loads, slopes.indices, by_load, strict=True):
         grads.add(load, indices, scores.block, scores.fill(dx * slope, 0.0))
     if grads.dq is None and grads.dk is None:
         return
-    ds = scores.matrices(scores.fill(dx.mul_(by_s), 0.0))
+    if isinstance(by_s, Tensor):
+        # a slope that is not finite where nothing is allowed makes no gradient
+        dx = scores.fill(dx.mul_(by_s), 0.0)
+        by_s = 1.0
+    ds = scores.matrices(dx)
     if grads.dq is not None:
-        grads.dq[b0:b1, h0:h1, m0:m1] = torch.bmm(ds, scores.k).view(*scores.shape[:3], -1)
+        grads.dq[b0:b1, h0:h1, m0:m1] = torch.bmm(ds, scores.k).mul_(by_s).view(*scores.shape[:3], -1)
     if grads.dk is not None:
-        add_product(grads.dk[b0:b1, kv0:kv1, n0:n1], ds.mT, scores.q)
+        add_product(grads.dk[b0:b1, kv0:kv1, n0:n1], ds.mT, scores.q, by_s)
 
 
-def add_product(total: Tensor, a: Tensor, b: Tensor) -> None:
+def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
     """Adds the products of two batches of matrices to `total` [b, kv, n, d], whose first two axes are the batch."""
-    total.add_(torch.bmm(a, b).view(total.shape))
+    total.add_(torch.bmm(a, b).view(total.shape), alpha=factor)

@@ -10,11 +10,11 @@ import torch
 from torch import Tensor
 
 from attnfuse.score import Expr, Load, S, derivative, free_vars, loads
-from attnfuse.spec import AttentionSpec, parse_spec
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import dropout
 from attnfuse.templates.affine import Affine, affine
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Mask, block_of, mask_of
+from attnfuse.templates.cover import Mask, block_of, mask_of, named_sizes
 from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped
 
 # Scores of a block: what keeps it and its temporaries in the caches of one or two cores.
@@ -69,6 +69,18 @@ def slopes_of(text: str, wanted: frozenset[str], of_sink: bool = False) -> Slope
     return Slopes(found, Evaluator(spec, exprs), tuple(Evaluator(spec, load.indices) for load in found))
 
 
+# Masks of blocks that indices alone decide are kept up to this many cells each.
+_KEPT_MASK: Final = 1 << 15
+
+
+@lru_cache(maxsize=256)
+def _index_mask(
+    text: str, shape: Shape, sizes: tuple[int, ...], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int]
+) -> Tensor | None:
+    block = Block({}, named_sizes(shape, sizes), ((0, 1), h, m, n), torch.device("cpu"), torch.float32)
+    return mask_of(text).allowed(block, edge=True, holes=False)
+
+
 class Work:
     """One call.  Axes that are folded: query heads of one KV head go into rows, [b, Hkv, H / Hkv · rows, D]."""
 
@@ -114,6 +126,14 @@ class Work:
         """Cells of this call."""
         return block_of(self.inputs, b, h, m, n)
 
+    def allowed(
+        self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int], holes: bool
+    ) -> Tensor | None:
+        """The cells inside their run's interval of keys that every tier allows; None: all of them."""
+        if not holes and self.mask.from_sizes and (m[1] - m[0]) * (n[1] - n[0]) <= _KEPT_MASK:
+            return _index_mask(self.inputs.text, self.shape, self.inputs.sizes, h, m, n)
+        return self.mask.allowed(self.block(b, h, m, n), edge=True, holes=holes)
+
     def dropped(self, block: Block) -> Tensor:
         """The cells of a block that dropout drops."""
         seed = self.inputs.seed
@@ -125,16 +145,28 @@ class Work:
         """A tensor that is dense in the call's output order."""
         return torch.empty_permuted(size, self.inputs.out_order, dtype=dtype)
 
-    def laid_out(self, x: Tensor, dtype: torch.dtype) -> Tensor:
-        """`x` in that type, dense in the call's output order."""
-        if x.dtype == dtype and x.permute(self.inputs.out_order).is_contiguous():
-            return x
-        return torch.empty_permuted(x.shape, self.inputs.out_order, dtype=dtype).copy_(x)
-
     def results(self) -> tuple[Tensor, Tensor]:
         """Memory for out and lse."""
         B, H, M, Dv = self.shape.B, self.shape.H, self.shape.M, self.shape.Dv
         return self.empty((B, H, M, Dv), self.inputs.v.dtype), torch.empty((B, H, M), dtype=self.dtype)
+
+
+@lru_cache(maxsize=1024)
+def dense_strides(shape: tuple[int, ...], order: tuple[int, ...]) -> tuple[int, ...]:
+    """Strides of a dense tensor whose axes are in that order from slowest to fastest."""
+    strides = [0] * len(shape)
+    step = 1
+    for axis in reversed(order):
+        strides[axis] = step
+        step *= max(1, shape[axis])
+    return tuple(strides)
+
+
+def laid_out(x: Tensor, dtype: torch.dtype, order: tuple[int, ...]) -> Tensor:
+    """`x` in that type, dense in that order of its axes."""
+    if x.dtype == dtype and (x.stride() == dense_strides(x.shape, order) or x.permute(order).is_contiguous()):
+        return x
+    return torch.empty_permuted(x.shape, order, dtype=dtype).copy_(x)
 
 
 def tensor_of(value: Value, dtype: torch.dtype) -> Tensor:
@@ -234,6 +266,6 @@ class Gradients:
         out = [] if self.dq is None else [self.dq]
         for total, x in ((self.dk, inputs.k), (self.dv, inputs.v)):
             if total is not None:
-                out.append(self.work.laid_out(total, x.dtype))
+                out.append(laid_out(total, x.dtype, inputs.out_order))
         named = zip(inputs.spec.leaves, inputs.leaves, strict=True)
         return out + [self.leaves[leaf.name].to(x.dtype) for leaf, x in named if leaf.name in self.leaves]
