@@ -5,9 +5,9 @@ linear, dropout, scaled_dot_product_attention, grad-mode and autocast switches s
 changed, so it can be compiled as it stands when anything further on goes wrong.
 
 Kept by hand, because tracing would lose it: higher-order operators (a custom backward, the checkpoint's tags). A body that
-AOTAutograd inlines is normalised as a graph of its own, others stay as they are. Constants go into the graph's text: the
-cache of AOTAutograd does not look at the values of tensor attributes. What cannot be retraced exactly raises
-`NormaliseError`.
+AOTAutograd inlines is normalised as a graph of its own, others are copied as they stand. Constants go into the graph's
+text: as attributes AOTAutograd would take them for parameters that Dynamo did not declare. What cannot be retraced exactly
+raises `NormaliseError`.
 
 Running an operator on fake tensors is what costs: about 1 ms, 5 ms with symbolic sizes. A call whose operator, arguments
 and modes were seen before, in an earlier layer, is therefore not run: its node is written down again, with the value that
@@ -17,6 +17,7 @@ Dynamo recorded.
 from __future__ import annotations
 
 import contextlib
+import copy
 import operator
 import types
 from collections.abc import Iterator, Sequence
@@ -26,6 +27,7 @@ from unittest import mock
 
 import torch
 from torch import fx
+from torch._C._functorch import get_inplace_requires_grad_allowed, set_inplace_requires_grad_allowed
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
@@ -45,6 +47,9 @@ Sym: Final = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
 # Higher-order operators whose body AOTAutograd runs node by node, like the graph around it: op(body, *operands).
 INLINED_BODIES: Final = frozenset({"tag_activation_checkpoint"})
+
+# Dynamo puts it around requires_grad_(); FX would take it for dead.
+fx.node.has_side_effect(set_inplace_requires_grad_allowed)
 
 # What Dynamo sets on the graph module for those who compile it.
 _ATTRIBUTES: Final = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason")
@@ -191,6 +196,9 @@ class _Retrace:
             )
         _carry_over(gm, new)
         _write_constants(new, own=set(replay.attributes))
+        for name, child in list(new.named_children()):
+            if isinstance(child, fx.GraphModule):
+                setattr(new, name, _copied(child))
         for body in replay.bodies:
             with torch.set_grad_enabled(body.grad), contextlib.ExitStack() as stack:
                 for args in body.autocasts:
@@ -221,13 +229,14 @@ class _Replay(fx.Interpreter):
     @contextlib.contextmanager
     def modes_restored(self) -> Iterator[None]:
         """Undo what the graph switches, wherever the run ends."""
-        grad = torch.is_grad_enabled()
+        grad, inplace = torch.is_grad_enabled(), get_inplace_requires_grad_allowed()
         try:
             yield
         finally:
             while self._autocasts:
                 self._autocasts.pop()[1].__exit__(None, None, None)
             torch._C._set_grad_enabled(grad)
+            set_inplace_requires_grad_allowed(inplace)
 
     @property
     def tracer(self) -> Any:
@@ -320,7 +329,7 @@ class _Replay(fx.Interpreter):
         self,
         key: object,
         written: list[fx.Node],
-        places: dict[Any, _Operand | _Step],
+        places: dict[Any, Any],
         operands: list[Any],
         result: object,
     ) -> None:
@@ -339,10 +348,13 @@ class _Replay(fx.Interpreter):
                     return
             elif not isinstance(node.meta.get("val"), Sym):
                 return
-            args, kwargs = fx.node.map_arg((node.args, node.kwargs), lambda arg: places.get(arg) or arg.meta.get("val"))
-            if any(isinstance(x, torch.Tensor) for x in pytree.tree_leaves((args, kwargs))):
+            # A size that an earlier node computes is looked up again; any other value from elsewhere is not repeatable.
+            places |= {
+                arg: arg.meta["val"] for arg in node.all_input_nodes if isinstance(arg.meta.get("val"), Sym)
+            } | places
+            if not places.keys() >= set(node.all_input_nodes):
                 return
-            nodes.append((op, args, kwargs, node.meta["val"]))
+            nodes.append((op, *fx.node.map_arg((node.args, node.kwargs), places.__getitem__), node.meta["val"]))
             places[node] = _Step(i)
         if self._node_of(result) is written[-1]:
             self.retrace.calls[key] = _Call(tuple(nodes), _Step(len(written) - 1), self._describe(result))
@@ -371,7 +383,7 @@ class _Replay(fx.Interpreter):
 
     def _create(self, n: fx.Node, op: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> fx.Node:
         name = op._opname if isinstance(op, OpOverload) else None
-        node = self.tracer.graph.create_node("call_function", op, args, kwargs, name)
+        node: fx.Node = self.tracer.graph.create_node("call_function", op, args, kwargs, name)
         with self._set_current_node(n):
             current = traceback.get_current_meta()
             node.meta = {field: current[field] for field in ("stack_trace", *_COPY_META_FIELDS) if field in current}
@@ -388,11 +400,13 @@ class _Replay(fx.Interpreter):
         recall = self.retrace.recall
         if recall and any(_writes_metadata(node) for node in written):
             raise _OutdatedError
-        if not written and not _is_value(result) and not _name(n).startswith(_SILENT):
+        name = _name(n)
+        in_place = name.endswith("_") and not name.endswith("__")
+        if not written and (in_place or not _is_value(result)) and not name.startswith(_SILENT):
             raise NormaliseError(f"`{n}` has an effect that the retrace would lose")
         recorded = _recorded(n)
         if "unbacked_bindings" in n.meta:
-            rebind_unbacked(self.retrace.fake_mode.shape_env, n, result)
+            rebind_unbacked(self.retrace.fake_mode.shape_env, n, cast(Any, result))
         elif recall and isinstance(result, FakeTensor) and isinstance(recorded, FakeTensor):
             now, then = self._describe(result)[1:], self._describe(recorded)[1:]
             if now != then:
@@ -407,7 +421,16 @@ class _Replay(fx.Interpreter):
             return self._enter_autocast(target, args)
         if target is autocast_mode._exit_autocast:
             return self._exit_autocast(target, *args)
+        if target is set_inplace_requires_grad_allowed:
+            self.tracer.create_node("call_function", target, args, {}).meta["val"] = None
+            target(*args)
+            return None
         return super().call_function(target, args, kwargs)
+
+    def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        if target == "requires_grad_":
+            return self._requires_grad(target, args, kwargs)
+        return super().call_method(target, args, kwargs)
 
     def _item(self, n: fx.Node, x: torch.Tensor) -> object:
         """A float of the model that Dynamo made an input: running item() again would make another symbol of it."""
@@ -425,12 +448,24 @@ class _Replay(fx.Interpreter):
         proxy_tensor.set_proxy_slot(fake, self.tracer, proxy_tensor._ProxyTensor(self._attribute(target, value), None))
         return fake
 
+    def _requires_grad(self, target: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> torch.Tensor:
+        # No operator; make_fx would not see it. What follows reads its result, so that it is never dead.
+        x: torch.Tensor = args[0]
+        source = self._node_of(x)
+        # The cache of AOTAutograd knows a method of a tensor by this.
+        source.meta.setdefault("example_value", x)
+        node = self.tracer.create_node("call_method", target, (source, *args[1:]), kwargs)
+        node.meta["val"] = x.requires_grad_(*args[1:], **kwargs)
+        proxy_tensor.set_proxy_slot(x, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(node, self.tracer), None))
+        return x
+
     def _attribute(self, name: str, value: object) -> fx.Proxy:
         if "." in name:
             raise NormaliseError(f"`{self._node}` reads an attribute of a submodule, {name}")
         if name not in self.attributes:
             setattr(self.tracer.root, name, value)
-            self.attributes[name] = self.tracer.create_proxy("get_attr", name, (), {})
+            proxy = self.attributes[name] = self.tracer.create_proxy("get_attr", name, (), {})
+            proxy.node.meta.setdefault("val", None)
         return self.attributes[name]
 
     def _enter_autocast(self, target: Any, args: tuple[Any, ...]) -> tuple[fx.Node, torch.amp.autocast]:
@@ -438,7 +473,9 @@ class _Replay(fx.Interpreter):
         node = self.tracer.create_node("call_function", target, args, {})
         node.meta["val"] = None
         mode = _autocast(*args)
-        mode.__enter__()
+        # under make_fx it would write a node of its own
+        with torch._C.DisableTorchFunction():
+            mode.__enter__()  # type: ignore[no-untyped-call]
         self._autocasts.append((args, mode))
         return node, mode
 
@@ -450,7 +487,8 @@ class _Replay(fx.Interpreter):
             raise NormaliseError(f"`{self._node}` leaves an autocast region that is not the innermost")
         self.tracer.create_node("call_function", target, (entered,), {}).meta["val"] = None
         self._autocasts.pop()
-        mode.__exit__(None, None, None)
+        with torch._C.DisableTorchFunction():
+            mode.__exit__(None, None, None)
         return region
 
     def _keep(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
@@ -471,12 +509,14 @@ class _Replay(fx.Interpreter):
         out.node.meta["val"] = value
         if "unbacked_bindings" in n.meta:
             out.node.meta["unbacked_bindings"] = n.meta["unbacked_bindings"]
-        if target.name() in INLINED_BODIES and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
+        if str(target) in INLINED_BODIES and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
             body, *operands = args
             # A body that a second call shares may be called there with other operands.
             if isinstance(body, fx.GraphModule) and len(n.all_input_nodes[0].users) == 1:
                 autocasts = tuple(args for args, _ in self._autocasts)
-                self.bodies.append(_Body(str(n.args[0]), body, operands, torch.is_grad_enabled(), autocasts))
+                self.bodies.append(
+                    _Body(str(n.all_input_nodes[0].target), body, operands, torch.is_grad_enabled(), autocasts)
+                )
         return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
 
 
@@ -491,7 +531,7 @@ def _refuse(gm: fx.GraphModule) -> None:
             raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
         if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):
             _refuse(body)
-        elif (getattr(node.target, "__module__", None) or "").startswith("torch._functorch"):
+        elif not isinstance(node.target, HigherOrderOperator) and _module(node.target).startswith("torch._functorch"):
             raise NormaliseError(f"`{node}` is part of a function transform")
         elif name in _STORAGE_WRITES:
             raise NormaliseError(f"`{node}` changes the storage of a tensor")
@@ -519,6 +559,16 @@ def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:
             setattr(new, name, child)
 
 
+def _copied(gm: fx.GraphModule) -> fx.GraphModule:
+    """A graph of its own for whoever compiles it to change; tensors are shared."""
+    new = fx.GraphModule(gm, copy.deepcopy(gm.graph))
+    new.meta.update(gm.meta)
+    for name, child in gm.named_children():
+        if isinstance(child, fx.GraphModule):
+            setattr(new, name, _copied(child))
+    return new
+
+
 def _write_constants(new: fx.GraphModule, own: set[str]) -> None:
     """Put the tensors that the retrace made of Python numbers back into the text."""
     graph = new.graph
@@ -526,19 +576,18 @@ def _write_constants(new: fx.GraphModule, own: set[str]) -> None:
         value = getattr(new, attribute.target)
         if attribute.target in own or not isinstance(value, torch.Tensor):
             continue
-        for copy in list(attribute.users):
-            if copy.target is not aten.lift_fresh_copy.default:
-                raise NormaliseError(f"`{copy}` reads a constant that the retrace made")
-            with graph.inserting_before(copy):
+        for fresh in list(attribute.users):
+            if fresh.target is not aten.lift_fresh_copy.default:
+                raise NormaliseError(f"`{fresh}` reads a constant that the retrace made")
+            # torch.tensor() detaches the fresh tensor in place.
+            detached = [user for user in fresh.users if user.target is aten.detach_.default]
+            with graph.inserting_before(fresh):
                 target = torch.tensor if value.dim() else aten.scalar_tensor.default
                 node = graph.call_function(target, (value.tolist(),), {"dtype": value.dtype, "device": value.device})
-            node.meta = dict(copy.meta)
-            # torch.tensor() detaches the fresh tensor in place.
-            for user in [copy, *copy.users]:
-                if user is copy or user.target is aten.detach_.default:
-                    user.replace_all_uses_with(node)
-            for user in [*copy.users, copy]:
-                graph.erase_node(user)
+            node.meta = dict(fresh.meta)
+            for old in [*detached, fresh]:
+                old.replace_all_uses_with(node)
+                graph.erase_node(old)
         graph.erase_node(attribute)
         delattr(new, attribute.target)
 
@@ -573,7 +622,7 @@ def _recorded(node: fx.Node) -> object:
 def _name(node: fx.Node) -> str:
     target = node.target
     if isinstance(target, OpOverload):
-        return cast(str, target._opname)
+        return target._opname
     return target if isinstance(target, str) else getattr(target, "__name__", "")
 
 
@@ -582,7 +631,11 @@ def _is_torch(target: object) -> bool:
         target, types.BuiltinFunctionType | types.MethodDescriptorType | OpOverload | torch._ops.OpOverloadPacket
     ):
         return True
-    return (getattr(target, "__module__", None) or "").partition(".")[0] == "torch"
+    return _module(target).partition(".")[0] == "torch"
+
+
+def _module(target: object) -> str:
+    return getattr(target, "__module__", None) or ""
 
 
 def _is_value(x: object) -> bool:
