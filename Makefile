@@ -3,6 +3,7 @@
 #   make test       the tests that CI runs        make test-all   the slow ones too
 #   make check      ruff, formatter, mypy         make fix        what ruff can mend by itself
 #   make bench      benchmarks, results as JSON into benchmarks/results/
+#   make docs       docs/remarks.md, from the table of codes
 # PYTHON=python3.12 picks the interpreter the environment is made with (3.11 or later).
 # ARGS="..." is handed to the demo, the benchmarks or pytest.
 
@@ -13,7 +14,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check fix bench clean
+.PHONY: help install demo test test-all check fix bench docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -46,6 +47,9 @@ fix: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+docs: $(STAMP)
+	$(BIN)/python docs/remarks.py
 
 clean:
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,255 @@
+"""The list of what is measured, each case with its target, and how a case becomes rows of a result."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import ClassVar
+
+import torch
+
+from benchmarks import gate, stats
+from benchmarks.machine import ROOT
+from benchmarks.process import Process
+from benchmarks.stats import Estimate, Target, Verdict
+from benchmarks.subjects import LLAMA_TEXT, OURS, STOCK, VARIANTS, Pass
+
+Samples = dict[str, list[float]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One figure. Without an estimate the verdict says why there is none."""
+
+    figure: str
+    unit: str
+    estimate: Estimate | None
+    target: Target | None = None
+    verdict: Verdict = ""
+    note: str = ""
+
+    @classmethod
+    def of(cls, figure: str, unit: str, estimate: Estimate, target: Target | None) -> Row:
+        return cls(figure, unit, estimate, target, target.verdict(estimate) if target else "")
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What a case found: its rows, and the samples that they come from (in seconds or bytes)."""
+
+    rows: tuple[Row, ...]
+    samples: Mapping[str, list[float]] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Setting:
+    """How a case is run: pairs of samples, a folder for caches and results, and where progress goes."""
+
+    pairs: int
+    folder: Path
+    say: Say
+
+
+def _worker(setting: Setting, name: str, variant: str) -> Process:
+    return Process(["-m", "benchmarks.worker", name, variant], setting.folder / "caches")
+
+
+def _in_turn(processes: Mapping[str, Process], setting: Setting) -> Samples:
+    """Samples of every process, `setting.pairs` rounds; each round begins with the next one."""
+    names = list(processes)
+    samples: Samples = {name: [] for name in names}
+    for turn in range(setting.pairs):
+        setting.say(f"round {turn + 1} of {setting.pairs}")
+        shift = turn % len(names)
+        for name in names[shift:] + names[:shift]:
+            samples[name].append(processes[name].ask("time")["seconds"])
+    return samples
+
+
+def _best(samples: Samples, names: Sequence[str]) -> str:
+    return min(names, key=lambda name: statistics.median(samples[name]))
+
+
+@dataclass(frozen=True)
+class Speed:
+    """Time of a pass against the better of stock `torch.compile` with eager and with sdpa attention."""
+
+    subject: Pass
+    target: Target | None
+    about: str
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        wrong = self.faults(name, setting)
+        with ExitStack() as stack:
+            processes = {}
+            for variant in ("eager", *STOCK, *(ours for ours in OURS if not wrong[ours])):
+                setting.say(f"{variant}: first call")
+                processes[variant] = stack.enter_context(_worker(setting, name, variant))
+            samples = _in_turn(processes, setting)
+        best = _best(samples, STOCK)
+        rows = []
+        for ours in OURS:
+            if wrong[ours]:
+                rows.append(Row(f"{ours} over {best}", "x", None, self.target, "wrong results", wrong[ours]))
+            else:
+                ratio = stats.speed_up(samples[ours], samples[best])
+                rows.append(Row.of(f"{ours} over {best}", "x", ratio, self.target))
+        return Outcome(tuple(rows), samples)
+
+    def faults(self, name: str, setting: Setting) -> dict[str, str]:
+        """What is wrong with the results of each of our variants, "" where they are right."""
+        needed = {ours: (VARIANTS[ours].attention, f"{VARIANTS[ours].attention}-float64", ours) for ours in OURS}
+        found: dict[str, gate.Results] = {}
+        for variant in dict.fromkeys(variant for group in needed.values() for variant in group):
+            setting.say(f"{variant}: results")
+            file = setting.folder / f"{variant}.pt"
+            with _worker(setting, name, variant) as process:
+                process.ask(f"results {file}")
+            found[variant] = torch.load(file)
+            file.unlink()
+        return {
+            ours: gate.fault(found[ours], found[original], found[exact])
+            for ours, (original, exact, _) in needed.items()
+        }
+
+
+@dataclass(frozen=True)
+class Compile:
+    """Compile time on the model of examples/demo.py: the first call of a process less a later one, caches empty and filled.
+
+    Every sample is a process of its own.
+    """
+
+    cold: Target
+    warm: Target
+    about: str
+    variants: ClassVar = ("attnfuse", "stock-eager")
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        samples: Samples = {f"{variant} {state}": [] for variant in self.variants for state in ("cold", "warm")}
+        torch.compile(torch.cos)(
+            torch.ones(64)
+        )  # Inductor's C++ header is compiled once on a machine, not once a model
+        for turn in range(setting.pairs):
+            variants = self.variants if turn % 2 else self.variants[::-1]
+            for variant in variants:
+                caches = setting.folder / f"{variant}-{turn}"
+                for state in ("cold", "warm"):
+                    setting.say(f"pair {turn + 1} of {setting.pairs}: {variant}, {state}")
+                    samples[f"{variant} {state}"].append(self.sample(variant, caches))
+        ours, stock = self.variants
+        cold = stats.speed_up(samples[f"{stock} cold"], samples[f"{ours} cold"])
+        warm = stats.difference(samples[f"{ours} warm"], samples[f"{stock} warm"])
+        rows = (
+            Row.of("compile time cold, attnfuse over stock", "x", cold, self.cold),
+            Row.of("compile time warm, attnfuse less stock", "s", warm, self.warm),
+        )
+        return Outcome(rows, samples)
+
+    def sample(self, variant: str, caches: Path) -> float:
+        with Process([str(ROOT / "examples" / "demo.py"), "--variant", variant], caches) as process:
+            later = [process.ask("time")["seconds"] for _ in range(2)]
+            first: float = process.first["seconds"]
+            return first - min(later)
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Most bytes alive at once in attention alone, against eager's at N 4,096, and how they grow to 8,192."""
+
+    dtype: torch.dtype
+    training: bool
+    about: str
+    lengths: ClassVar = (1024, 2048, 4096, 8192)
+    eighth: ClassVar = Target("at least", 8.0)
+    linear: ClassVar = Target("at most", 2.1)
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        samples: Samples = {}
+        for variant in ("eager", "stock-eager", "attnfuse-eager"):
+            with _worker(setting, name, variant) as process:
+                for N in self.lengths:
+                    if variant != "attnfuse-eager" and N > 4096:
+                        continue
+                    setting.say(f"{variant}: {N} keys")
+                    samples[f"{variant} {N}"] = [process.ask(f"memory {N}")["bytes"]]
+        against = stats.speed_up(samples["attnfuse-eager 4096"], samples["eager 4096"])
+        growth = stats.speed_up(samples["attnfuse-eager 4096"], samples["attnfuse-eager 8192"])
+        rows = (
+            Row.of("memory of eager over attnfuse, N 4096", "x", against, self.eighth),
+            Row.of("memory at N 8192 over N 4096", "x", growth, self.linear),
+        )
+        return Outcome(rows, samples)
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """Time of a call of the bare operator on next to no data, beyond plain scaled_dot_product_attention's."""
+
+    training: bool
+    about: str
+    tokens: ClassVar = 16
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        with ExitStack() as stack:
+            processes = {
+                variant: stack.enter_context(_worker(setting, name, variant)) for variant in ("sdpa", "attnfuse")
+            }
+            samples = _in_turn(processes, setting)
+        microseconds = {variant: [1e6 * x for x in values] for variant, values in samples.items()}
+        beyond = stats.difference(microseconds["attnfuse"], microseconds["sdpa"])
+        return Outcome((Row.of("a call of attnfuse less one of sdpa", "us", beyond, None),), samples)
+
+
+Case = Speed | Compile | Memory | Overhead
+
+
+def _passes() -> Iterator[tuple[str, Case]]:
+    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    plain = Pass(training=False, batch=1, tokens=2048, padded=0, mask=True, dtype=torch.float32)
+    for dtype, bound in ((torch.bfloat16, 1.25), (torch.float32, 1.15)):
+        causal = replace(plain, dtype=dtype)
+        for form, subject in (("causal", causal), ("padded", replace(causal, batch=2, padded=512))):
+            yield f"prefill-{form}-{short[dtype]}", Speed(subject, Target("at least", bound), _about(subject))
+    for dtype in short:
+        subject = replace(plain, mask=False, dtype=dtype)
+        yield f"prefill-no-mask-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject))
+    for dtype in short:
+        subject = replace(plain, training=True, batch=2, tokens=1024, dtype=dtype)
+        yield f"training-causal-{short[dtype]}", Speed(subject, Target("at least", 1.1), _about(subject))
+    subject = replace(plain, training=True, batch=2, tokens=1024, padded=256, dtype=torch.bfloat16)
+    yield "training-padded-bf16", Speed(subject, Target("at least", 1.1), _about(subject))
+    for training, name in ((False, "prefill"), (True, "training")):
+        for dtype in short:
+            subject = replace(plain, training=training, tokens=128, dtype=dtype)
+            yield f"short-{name}-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject))
+
+
+def _about(subject: Pass) -> str:
+    kind = "training step (forward, backward, AdamW)" if subject.training else "prefill (fills a cache, no head)"
+    dtype = str(subject.dtype).removeprefix("torch.")
+    if subject.training and subject.dtype != torch.float32:
+        dtype = f"float32 under {dtype} autocast"
+    mask = "attention_mask given" if subject.mask else "no attention_mask"
+    padding = f", {subject.padded} positions of left padding in one sequence" if subject.padded else ""
+    return f"{kind}, {subject.batch} x {subject.tokens} tokens, {mask}{padding}, {dtype}; {LLAMA_TEXT}"
+
+
+def _cases() -> dict[str, Case]:
+    alone = "attention alone, B 1, H 8, Hkv 2, D 64, an eighth of the keys padded"
+    return {
+        **dict(_passes()),
+        "compile": Compile(Target("at most", 1.15), Target("at most", 0.5), "the model of examples/demo.py"),
+        "memory-forward-fp32": Memory(torch.float32, False, f"{alone}, forward, float32"),
+        "memory-forward-bf16": Memory(torch.bfloat16, False, f"{alone}, forward, bfloat16"),
+        "memory-training-fp32": Memory(torch.float32, True, f"{alone}, forward and backward, float32"),
+        "overhead-forward": Overhead(False, "operator alone, B 1, H 1, N 16, D 16, forward"),
+        "overhead-training": Overhead(True, "operator alone, B 1, H 1, N 16, D 16, forward, recorded for backward"),
+    }
+
+
+CASES = _cases()

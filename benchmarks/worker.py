@@ -1,0 +1,94 @@
+"""One variant of one case: `python -m benchmarks.worker CASE VARIANT`, see `process.serve`.
+
+Commands: `time` (mean seconds of a call, over as many calls as make a fifth of a second), `results FILE`, `memory N`.
+"""
+
+from __future__ import annotations
+
+import sys
+import time
+from collections.abc import Callable, Mapping
+
+import torch
+
+from benchmarks.cases import CASES, Memory, Overhead, Speed
+from benchmarks.memory import peak_bytes
+from benchmarks.process import Answer, serve
+from benchmarks.subjects import VARIANTS, attention_call, attention_inputs
+
+SAMPLE = 0.2  # seconds
+
+Commands = Mapping[str, Callable[[str], Answer]]
+
+
+def speed(case: Speed, variant: str) -> tuple[Answer, Commands]:
+    run, results = case.subject.start(VARIANTS[variant])
+
+    def save(file: str) -> Answer:
+        torch.save(results(), file)
+        return {}
+
+    first = _seconds(run, 1)
+    if VARIANTS[variant].exact:
+        return {"seconds": first}, {"results": save}
+    run()
+    calls = max(1, round(SAMPLE / _seconds(run, 1)))
+    return {"seconds": first}, {"results": save, "time": lambda _: {"seconds": _seconds(run, calls) / calls}}
+
+
+def memory(case: Memory, variant: str) -> tuple[Answer, Commands]:
+    backend = VARIANTS[variant].backend
+
+    def measure(N: str) -> Answer:
+        call = attention_call(backend, attention_inputs(int(N), case.dtype, training=case.training))
+        call()
+        return {"bytes": peak_bytes(call)}
+
+    return {}, {"memory": measure}
+
+
+def overhead(case: Overhead, variant: str) -> tuple[Answer, Commands]:
+    import attnfuse.ops  # registers the operator
+
+    q, k, v = (torch.randn(1, 1, case.tokens, 16) for _ in range(3))
+    for x in (q, k, v):
+        x.requires_grad_(case.training)
+    out_order, abi = [0, 1, 2, 3], attnfuse.ops.ABI
+    spec = "s*0.25"
+
+    def ours() -> object:
+        return torch.ops.attnfuse.attention(q, k, v, [], [], None, spec, out_order, abi)
+
+    def plain() -> object:
+        return torch.nn.functional.scaled_dot_product_attention(q, k, v)
+
+    call = ours if variant == "attnfuse" else plain
+    first = _seconds(call, 1)
+    calls = max(1, round(SAMPLE / (_seconds(call, 100) / 100)))
+    return {"seconds": first}, {"time": lambda _: {"seconds": _seconds(call, calls) / calls}}
+
+
+def _seconds(call: Callable[[], object], calls: int) -> float:
+    start = time.perf_counter()
+    for _ in range(calls):
+        call()
+    return time.perf_counter() - start
+
+
+def main(name: str, variant: str) -> None:
+    def start() -> tuple[Answer, Commands]:
+        case = CASES[name]
+        match case:
+            case Speed():
+                return speed(case, variant)
+            case Memory():
+                return memory(case, variant)
+            case Overhead():
+                return overhead(case, variant)
+        raise SystemExit(f"case {name!r} has no variants of its own")
+
+    serve(start)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
