@@ -1,0 +1,121 @@
+"""The numerics contract itself: what it lets pass, what it catches, and the scales of gradients."""
+
+import re
+
+import pytest
+import torch
+from hypothesis import given, settings
+from numerics import assert_close, gradient_scales
+from strategies import Case, cases
+
+from attnfuse.reference import attention
+from attnfuse.spec import Shape, parse_spec
+
+EXACT = torch.tensor([1.0, -4.0, 0.5], dtype=torch.float64)
+EPS = torch.finfo(torch.float32).eps
+
+
+def off_by(error: float) -> torch.Tensor:
+    return torch.tensor([1.0, -4.0, 0.5 + error])
+
+
+def test_an_exact_original_leaves_four_epsilons_of_the_scale() -> None:
+    assert_close(off_by(3.9 * EPS * 4), EXACT.float(), EXACT)
+    with pytest.raises(AssertionError, match=r"result: error 1\.9.*e-06 at \[2\].* is above the limit 1\.907e-06 = "):
+        assert_close(off_by(4.1 * EPS * 4), EXACT.float(), EXACT)
+
+
+def test_the_error_of_the_original_counts_twice() -> None:
+    assert_close(off_by(1.99e-3), off_by(1e-3), EXACT)
+    with pytest.raises(
+        AssertionError, match=re.escape("= 2·1.000e-03 (error of the original) + 4·1.192e-07 (eps)·4.000e")
+    ):
+        assert_close(off_by(2.1e-3), off_by(1e-3), EXACT)
+
+
+def test_a_scale_replaces_the_greatest_value() -> None:
+    assert_close(off_by(3.9 * EPS * 100), EXACT.float(), EXACT, scale=100.0)
+    with pytest.raises(AssertionError, match=re.escape("dq: error 3.994e-06 at [2]")) as caught:
+        assert_close(off_by(4e-6), EXACT.float(), EXACT, 1.0, "dq")
+    for part in ("actual 0.500003994", "original 0.5", "exact 0.5", "1.000e+00 (scale)", "1 of 3 elements are"):
+        assert part in str(caught.value)
+
+
+def test_epsilon_is_that_of_the_dtype() -> None:
+    assert_close(off_by(0.03).bfloat16(), EXACT.bfloat16(), EXACT)
+    with pytest.raises(AssertionError):
+        assert_close(off_by(0.03).half(), EXACT.half(), EXACT)
+
+
+@pytest.mark.parametrize("special", [torch.nan, torch.inf, -torch.inf])
+def test_what_is_not_finite_has_to_agree_in_place(special: float) -> None:
+    exact, other = EXACT.clone(), EXACT.clone()
+    exact[1] = special
+    assert_close(exact.float(), exact.float(), exact)
+    for actual, original, which in ((other, exact, "actual"), (exact, other, "original")):
+        message = (
+            f"result: {which} and exact differ in NaN, inf or finite at 1 of 3 elements, first at [1]: {which} -4.0"
+        )
+        with pytest.raises(AssertionError, match=re.escape(message)):
+            assert_close(actual.float(), original.float(), exact)
+    with pytest.raises(AssertionError):
+        assert_close(-exact.float() if special == special else EXACT.float(), exact.float(), exact)
+
+
+def test_operands_have_to_fit() -> None:
+    with pytest.raises(AssertionError, match=re.escape("shapes differ: actual [2], original [3], exact [3]")):
+        assert_close(EXACT[:2], EXACT, EXACT)
+    with pytest.raises(AssertionError, match=re.escape("exact is torch.float32, expected float64")):
+        assert_close(EXACT, EXACT, EXACT.float())
+    empty = torch.zeros(0, 3)
+    assert_close(empty, empty, empty.double())
+
+
+def test_gradient_scales_are_sums_of_absolute_terms() -> None:
+    spec = parse_spec("slope: f32[:]; s*0.5 + slope[h]*float(n) where n <= m else -inf")
+    case = Case(spec, Shape(2, 4, 2, 5, 6, 4, 3), 5)
+    x = case.tensors(torch.float64)
+    plain = [y.detach() for y in (x.q, x.k, x.v, *x.leaves)]
+    q, slope = plain[0], plain[3]
+    k, v = (y.repeat_interleave(2, 1) for y in plain[1:3])
+    scores = (q @ k.mT * 0.5 + slope[:, None, None] * torch.arange(6)).masked_fill(
+        torch.arange(6) > torch.arange(5)[:, None], -torch.inf
+    )
+    weights = scores.softmax(-1)
+    dP = x.dout @ v.mT
+    dS = weights * (dP - (weights * dP).sum(-1, keepdim=True))
+    scales = gradient_scales(spec, x.q, x.k, x.v, x.leaves, x.dout)
+    grouped = (2, 2, 2, 6, 4)
+    assert scales == pytest.approx(
+        {
+            "q": float(((dS * 0.5).abs() @ k.abs()).max()),
+            "k": float(((dS * 0.5).abs().mT @ q.abs()).view(grouped).sum(2).max()),
+            "v": float((weights.mT @ x.dout.abs()).view(2, 2, 2, 6, 3).sum(2).max()),
+            "slope": float((dS.abs() * torch.arange(6)).sum((0, 2, 3)).max()),
+        }
+    )
+
+
+@settings(max_examples=60)
+@given(cases())
+def test_gradients_stay_below_their_scales(case: Case) -> None:
+    x = case.tensors(torch.float64)
+    out, _ = attention(case.spec, x.q, x.k, x.v, x.leaves, keep=x.keep)
+    scales = gradient_scales(case.spec, x.q, x.k, x.v, x.leaves, x.dout, keep=x.keep)
+    named = {"q": x.q, "k": x.k, "v": x.v}
+    named |= {leaf.name: y for leaf, y in zip(case.spec.leaves, x.leaves, strict=True) if y.requires_grad}
+    for name, gradient in zip(
+        named, torch.autograd.grad(out, [*named.values()], x.dout, allow_unused=True), strict=True
+    ):
+        if gradient is not None and bool(gradient.isfinite().all()):
+            assert float(gradient.abs().max()) <= scales[name] * (1 + 1e-6)
+
+
+def test_a_gradient_that_is_zero_has_a_scale() -> None:
+    spec = parse_spec("bias: f32[:, :]; s + bias[b, m]")
+    x = Case(parse_spec("s"), Shape(1, 1, 1, 3, 4, 4, 4), 0).tensors(torch.float64)
+    bias = torch.zeros(1, 3, dtype=torch.float64, requires_grad=True)
+    out, _ = attention(spec, x.q, x.k, x.v, [bias])
+    (gradient,) = torch.autograd.grad(out, bias, x.dout)
+    assert float(gradient.abs().max()) < 1e-14
+    assert gradient_scales(spec, x.q, x.k, x.v, [bias], x.dout)["bias"] > 0.1
