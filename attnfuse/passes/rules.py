@@ -6,6 +6,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Final
@@ -18,6 +19,7 @@ from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
 from attnfuse.passes.views import VIEWS, through
 from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, call, free_vars, loads
+from attnfuse.tiles import Env, interval
 
 if TYPE_CHECKING:
     from attnfuse.passes.lift import Claimant, Lifter
@@ -357,6 +359,12 @@ def _triangle(at: At) -> Expr:
     return call("where", inside, inner, zero)
 
 
+@_rule("eye")
+def _diagonal(at: At) -> Expr:
+    row, column = (value(dim) for dim in at.index)
+    return converted(call("eq", column, row), "bool", at.kind)
+
+
 @_rule("diff")
 def _diff(at: At) -> Expr:
     args = at.args
@@ -439,14 +447,9 @@ def _rows(at: At) -> Expr:
 def _is_natural(where: Expr, index: Sequence[Index]) -> bool:
     """Whether an index is certainly not negative (PyTorch would count it from the end)."""
     form = score.linear(where)
-    if form is None:
-        return False
-    least = score.lower_bound(form)
+    least = score.lower_bound(form) if form is not None else None
     if least is not None and least >= 0:
         return True
-    sizes: dict[Expr, int] = {
-        d.expr: d.size for dim in index for d in dim if isinstance(d.expr, Var) and isinstance(d.size, int)
-    }
-    if not set(form.terms) <= set(sizes):
-        return False
-    return form.constant + sum(min(0, c * (sizes[x] - 1)) for x, c in form.terms.items()) >= 0
+    digits = [digit for dim in index for digit in dim if isinstance(digit.expr, Var)]
+    ranges: Env = {str(x.expr): (0, x.size - 1 if isinstance(x.size, int) else math.inf) for x in digits}
+    return interval(where, ranges)[0] >= 0
