@@ -67,7 +67,7 @@ class Blocked:
         grads = Gradients(work, cotangents)
         if _nothing_to_do(inputs.shape):
             return grads.results()
-        flash = flash_step.plan_for(inputs) is not None and flash_step.differentiates(grads)
+        flash = flash_step.differentiates(grads)
         step = flash_step if flash else plain_step
         for run in cover(inputs):
             for segment in run.segments:

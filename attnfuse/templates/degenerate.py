@@ -30,7 +30,7 @@ def forward(work: Work, rows: Rows, out: Tensor, lse: Tensor) -> None:
             v = _heads(work, part, work.v).flatten(0, 1)
             kept = _kept(work, _block(work, part), weights)
             values = torch.bmm(folded(kept, v.shape[0] // kept.shape[0]), v)
-            _write(part, out, values.view(*kept.shape[:3], -1))
+            _write(part, out, values.view(*kept.shape[:3], work.shape.Dv))
             _write(part, lse, torch.where(count > 0, torch.tensor(_MIN), -torch.inf))
     if work.sink is not None:
         # beside a sink, a key that was filled with `min` has no weight
@@ -81,7 +81,7 @@ def _backward(work: Work, rows: Rows, grads: Gradients) -> None:
         grads.add(load, indices, block, (dx * slope).masked_fill(~attached, 0.0))
     ds = folded((dx * by_s).masked_fill(~attached, 0.0), kv_heads)
     if grads.dq is not None:
-        grads.dq[where] += torch.bmm(ds, k).view(*weights.shape[:3], -1)
+        grads.dq[where] += torch.bmm(ds, k).view(*weights.shape[:3], work.shape.D)
     if grads.dk is not None:
         add_product(_heads(work, rows, grads.dk), ds.mT, q)
 

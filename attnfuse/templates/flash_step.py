@@ -25,6 +25,8 @@ from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
+_LSE_MOST: Final = 2**8
+_LSE_MOST_IN_HALF: Final = 2**13
 
 
 class _Plan(NamedTuple):
@@ -55,8 +57,19 @@ def plan_for(inputs: Inputs) -> _Plan | None:
 
 
 def differentiates(grads: Gradients) -> bool:
-    """Whether the kernel's backward gives the wanted gradients: it has none of lse and of its mask."""
-    return grads.dlse is None and not grads.from_body
+    """Whether the kernel's backward gives the wanted gradients: it has none of lse and of its mask.
+
+    It takes weights as exp(score - lse).  Where a bias makes lse large, they lose digits: all of them in a row whose keys all
+    have -1e9 added.
+    """
+    if grads.dlse is not None or grads.from_body:
+        return False
+    plan = plan_for(grads.work.inputs)
+    if plan is None or plan.bias is None:
+        return plan is not None
+    lse = grads.lse
+    most = lse.abs().masked_fill(lse <= torch.finfo(torch.float32).min, 0.0).max()
+    return bool(most <= (_LSE_MOST if grads.out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
 
 
 class _Span(NamedTuple):
@@ -211,7 +224,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         if empty is not None:
             # no weight in this pass, and no NaN
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
-        q = _unit_stride(q)
+        q, dout, out = map(_unit_stride, (q, dout, out))
         dqs: list[Tensor] = []
         for (n0, n1), causal, mask in parts:
             k, v = (_unit_stride(x[b0:b1, :, n0:n1]) for x in (inputs.k, inputs.v))
@@ -265,9 +278,8 @@ def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | No
         return None
     if cotangents.dout is None:
         return None
-    q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
-    given = (cotangents.dout, q, k, v, cotangents.out, cotangents.lse)
-    grads = _BACKWARD(*given, 0.0, found.causal, scale=found.scale)
+    given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
+    grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, scale=found.scale)
     return [
         laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
     ]

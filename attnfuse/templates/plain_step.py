@@ -95,8 +95,8 @@ class _Scores:
         self.kv_heads = kv1 - kv0
         self.shape = (b1 - b0, h1 - h0, m1 - m0, n1 - n0)
         self.q = folded(inputs.q[b0:b1, h0:h1, m0:m1].to(work.dtype), self.kv_heads)
-        self.k = work.k[b0:b1, kv0:kv1, n0:n1].reshape(-1, n1 - n0, inputs.shape.D)
-        self.v = work.v[b0:b1, kv0:kv1, n0:n1].reshape(-1, n1 - n0, inputs.shape.Dv)
+        self.k = work.k[b0:b1, kv0:kv1, n0:n1].flatten(0, 1)
+        self.v = work.v[b0:b1, kv0:kv1, n0:n1].flatten(0, 1)
         self.block = work.block(tile.b, tile.h, tile.m, tile.n)
         self.raw = torch.bmm(self.q, self.k.mT).view(self.shape)
         self.masked = [(c0, c1, ~allowed) for c0, c1, allowed in tile.masks]
@@ -147,7 +147,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         values = torch.bmm(scores.matrices(weights), scores.v)
         if work.dropout:
             values.mul_(1 / (1 - work.dropout))
-        out[b0:b1, h0:h1, m0:m1] = values.view(*scores.shape[:3], -1)
+        out[b0:b1, h0:h1, m0:m1] = values.view(*scores.shape[:3], work.shape.Dv)
         if scores.empty is not None:
             yield Rows(tile.b, tile.h, tile.m, scores.empty)
 
@@ -169,15 +169,19 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
     (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), (n0, n1), _ = tile
     slopes = slopes_of(work.inputs.text, grads.from_body)
     body, by_s, *by_load = slopes.values(scores.block, scores.raw)
-    lse, lse_alone = (x[b0:b1, h0:h1, m0:m1, None] for x in (grads.row_lse, grads.lse))
-    if scores.empty is not None:
-        # no weight in this pass
-        lse, lse_alone = (x.masked_fill(scores.empty[..., None], torch.inf) for x in (lse, lse_alone))
     x = scores.fill(scores.writable(body, by_s, *by_load), -torch.inf)
-    alone = None
-    if grads.dlse is not None and work.sink is not None:
-        alone = torch.exp(x - lse_alone)
-    weights = x.sub_(lse).exp_()
+    # not exp(x - lse): where all scores of a row are about -1e9, lse has no digits left for their number
+    weights = torch.softmax(x, -1)
+    delta = grads.delta[b0:b1, h0:h1, m0:m1, None]
+    if scores.empty is not None:
+        # no weight in this pass, and no NaN
+        empty = scores.empty[..., None]
+        weights, delta = weights.masked_fill_(empty, 0.0), delta.masked_fill(empty, 0.0)
+    alone = weights
+    if work.sink is not None:
+        share = torch.sigmoid(grads.lse[b0:b1, h0:h1, m0:m1] - work.sink[b0:b1, h0:h1, m0:m1])[..., None]
+        # beside a sink, a row of scores that are all -inf has no weight
+        weights = (weights * share).masked_fill_(share == 0, 0.0)
     dout = folded(grads.dout[b0:b1, h0:h1, m0:m1].to(work.dtype), scores.kv_heads)
     dropped = work.dropped(scores.block) if work.dropout else None
     if grads.dv is not None:
@@ -188,9 +192,9 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
     dx = torch.bmm(dout, scores.v.mT).view(scores.shape)
     if dropped is not None:
         dx.masked_fill_(dropped, 0.0).mul_(1 / (1 - work.dropout))
-    dx.sub_(grads.delta[b0:b1, h0:h1, m0:m1, None]).mul_(weights)
+    dx.sub_(delta).mul_(weights)
     if grads.dlse is not None:
-        dx.addcmul_(weights if alone is None else alone, grads.dlse[b0:b1, h0:h1, m0:m1, None].to(work.dtype))
+        dx.addcmul_(alone, grads.dlse[b0:b1, h0:h1, m0:m1, None].to(work.dtype))
     for load, indices, slope in zip(slopes.loads, slopes.indices, by_load, strict=True):
         grads.add(load, indices, scores.block, scores.fill(dx * slope, 0.0))
     if grads.dq is None and grads.dk is None:
@@ -201,7 +205,7 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
         by_s = 1.0
     ds = scores.matrices(dx)
     if grads.dq is not None:
-        grads.dq[b0:b1, h0:h1, m0:m1] = torch.bmm(ds, scores.k).mul_(by_s).view(*scores.shape[:3], -1)
+        grads.dq[b0:b1, h0:h1, m0:m1] = torch.bmm(ds, scores.k).mul_(by_s).view(*scores.shape[:3], work.shape.D)
     if grads.dk is not None:
         add_product(grads.dk[b0:b1, kv0:kv1, n0:n1], ds.mT, scores.q, by_s)
 

@@ -1,0 +1,484 @@
+"""The CPU template against the oracle: spec families by type and shape, random programs by block size, what is read and kept."""
+
+import itertools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any, NamedTuple
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+import attnfuse.ops  # noqa: F401  (defines the operators)
+from attnfuse.ops import ABI
+from attnfuse.reference import Evaluator
+from attnfuse.reference import attention as reference
+from attnfuse.spec import AttentionSpec, Leaf, Shape, parse_spec
+from attnfuse.templates import cover, dropout, flash_step, plain_step
+from tests.numerics import assert_close, gradient_scales
+from tests.strategies import Case, cases
+
+OP = torch.ops.attnfuse.attention.default
+SEED = torch.tensor([20240607])
+
+
+class Call(NamedTuple):
+    """Operands of one call and the gradient that comes back."""
+
+    spec: AttentionSpec
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    leaves: tuple[Tensor, ...] = ()
+    sizes: tuple[int, ...] = ()
+    order: tuple[int, ...] = (0, 2, 1, 3)
+
+    @property
+    def shape(self) -> Shape:
+        (B, H, M, D), (_, Hkv, N, _) = self.q.shape, self.k.shape
+        return Shape(B, H, Hkv, M, N, D, self.v.shape[3])
+
+    def run(self) -> tuple[Tensor, Tensor]:
+        seed = SEED if self.spec.dropout else None
+        return OP(self.q, self.k, self.v, list(self.leaves), list(self.sizes), seed, str(self.spec), self.order, ABI)
+
+
+def made(
+    text: str, shape: Shape, leaves: tuple[Tensor, ...] = (), dtype: torch.dtype = torch.float32, **more: Any
+) -> Call:
+    generator = torch.Generator().manual_seed(len(text))
+
+    def normal(heads: int, length: int, depth: int) -> Tensor:
+        # [B, N, H, D] in memory, as projections leave them
+        x = torch.randn((shape.B, length, heads, depth), generator=generator).to(dtype)
+        return x.transpose(1, 2).requires_grad_()
+
+    q, k = normal(shape.H, shape.M, shape.D), normal(shape.Hkv, shape.N, shape.D)
+    return Call(parse_spec(text), q, k, normal(shape.Hkv, shape.N, shape.Dv), leaves, **more)
+
+
+def hold_to_oracle(call: Call, *, with_lse: bool = False) -> None:
+    """Asserts the numerics contract for out, lse and every gradient."""
+    spec, dtype = call.spec, call.v.dtype
+    keep = dropout.keep(SEED, spec.dropout, (*call.shape[:2], *call.shape[3:5])) if spec.dropout else None
+    floats = [x for x in call.leaves if x.is_floating_point()]
+    for x in floats:
+        x.requires_grad_()
+    inputs = [call.q, call.k, call.v, *floats]
+    names = ["q", "k", "v", *(leaf.name for leaf in spec.leaves if leaf.kind == "float")]
+    out, lse = call.run()
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1)).to(dtype)
+    dlse = torch.randn(lse.shape, generator=torch.Generator().manual_seed(2)).to(lse.dtype) if with_lse else None
+
+    def results_in(kind: torch.dtype) -> tuple[Tensor, Tensor, tuple[Tensor, ...]]:
+        values, sums = reference(spec, call.q, call.k, call.v, call.leaves, call.sizes, keep, kind)
+        return values, sums, gradients(values, sums)
+
+    def gradients(values: Tensor, sums: Tensor) -> tuple[Tensor, ...]:
+        ends, given_ = [values], [dout.to(values.dtype)]
+        if dlse is not None:
+            ends, given_ = [*ends, sums], [*given_, dlse.to(sums.dtype)]
+        return torch.autograd.grad(ends, inputs, given_, allow_unused=True, materialize_grads=True)
+
+    exact, exact_lse, exact_grads = results_in(torch.float64)
+    original, original_lse, original_grads = results_in(dtype)
+    assert_close(out, original.to(dtype), exact, what=f"{spec} out")
+    # half types have no room for fp32's least value
+    original_lse = torch.where(exact_lse == torch.finfo(torch.float32).min, exact_lse, original_lse)
+    assert_close(lse, original_lse.to(lse.dtype), exact_lse, what=f"{spec} lse")
+    scales = scales_of(call, dout, keep, dlse)
+    for name, x, a, b, c in zip(names, inputs, gradients(out, lse), original_grads, exact_grads, strict=True):
+        # the oracle's gradients come back in the type of the operand
+        assert_close(a, b.to(x.dtype), c.double(), scales[name], what=f"{spec} d{name}")
+
+
+def scales_of(call: Call, dout: Tensor, keep: Tensor | None, dlse: Tensor | None) -> dict[str, float]:
+    """S of the contract for each gradient.
+
+    To `gradient_scales` this adds that dS is itself a sum, P·dP - P·Σ P·dP (+ P·dlse), whose terms can cancel.
+    """
+    spec, shape = call.spec, call.shape
+    scales = gradient_scales(spec, call.q, call.k, call.v, list(call.leaves), dout, call.sizes, keep)
+    group = shape.H // shape.Hkv
+    q, k, v = call.q.detach().double(), *(x.detach().double().repeat_interleave(group, 1) for x in (call.k, call.v))
+    leaves = [x.detach().double() if x.is_floating_point() else x for x in call.leaves]
+    declared = tuple(Leaf(x.name, "f64", x.rank) if x.kind == "float" else x for x in spec.leaves)
+    exact = AttentionSpec(spec.program, declared, spec.dropout)
+    eye = torch.eye(shape.N, dtype=torch.float64).expand(shape.B, shape.H, shape.N, shape.N)
+    weights, _ = reference(exact, q, k, eye, leaves, call.sizes)
+    weights = weights.nan_to_num(0.0)
+    given = dout.double() @ v.mT
+    if keep is not None:
+        given = given * keep / (1 - spec.dropout)
+    terms = weights * (given.abs() + (weights * given).sum(-1, keepdim=True).abs())
+    if dlse is not None:
+        terms = terms + weights * dlse.double().abs()[..., None]
+    scores = (q @ k.mT).requires_grad_()
+    watched = [x.requires_grad_() if x.is_floating_point() else x for x in leaves]
+    body = Evaluator(exact, watched, call.sizes, scores, shape.Hkv, torch.float64).of(spec.program.body, terms != 0)
+    body = body.double() + 0.0 * scores.sum()
+    (by_s,) = torch.autograd.grad(body, scores, torch.ones_like(body), retain_graph=True)
+    ds = (terms * by_s.abs()).nan_to_num(0.0)
+    more = {"q": ds @ k.abs(), "k": (ds.mT @ q.abs()).reshape(shape.B, shape.Hkv, group, shape.N, -1).sum(2)}
+    for leaf, x in zip(declared, watched, strict=True):
+        if leaf.kind == "float":
+            (grad,) = torch.autograd.grad(body, x, terms, retain_graph=True, allow_unused=True, materialize_grads=True)
+            more[leaf.name] = grad.abs().nan_to_num(0.0)
+    return scales | {name: scales[name] + (float(x.max()) if x.numel() else 0.0) for name, x in more.items()}
+
+
+def padding(shape: Shape, left: tuple[int, ...], right: tuple[int, ...] = (0,)) -> Tensor:
+    rows = []
+    for _, lo, hi in zip(range(shape.B), itertools.cycle(left), itertools.cycle(right), strict=False):
+        rows.append([lo <= n < shape.N - hi for n in range(shape.N)])
+    return torch.tensor(rows)
+
+
+def scattered(*size: int) -> Tensor:
+    return torch.rand(size, generator=torch.Generator().manual_seed(3)) < 0.6
+
+
+def floats(*size: int) -> Tensor:
+    return torch.randn(size, generator=torch.Generator().manual_seed(4))
+
+
+Leaves = Callable[[Shape], tuple[Tensor, ...]]
+FAMILIES: dict[str, tuple[str, Leaves]] = {
+    "full": ("s*0.125", lambda x: ()),
+    "causal": ("s*0.125 where n <= m else -inf", lambda x: ()),
+    "cross causal": ("s*0.125 where n <= m + N - M else -inf", lambda x: ()),
+    "strictly causal": ("s*0.125 where n < m else +min", lambda x: ()),
+    "window": ("s*0.125 where n <= m & n > m - 9 else +min", lambda x: ()),
+    "chunk": ("s*0.125 where n // 16 == m // 16 else -inf", lambda x: ()),
+    "strided": ("s*0.125 where (n - m) % 3 == 0 else 0row", lambda x: ()),
+    "left padding": ("pad: bool[:, :]; s*0.125 where n <= m & pad[b, n] else +min", lambda x: (padding(x, (7, 0)),)),
+    "right padding": ("pad: bool[:, :]; s*0.125 where pad[b, n] else =min", lambda x: (padding(x, (0,), (9, 0)),)),
+    "holes": ("pad: bool[:, :]; s*0.125 where n <= m & pad[b, n] else +min", lambda x: (scattered(x.B, x.N),)),
+    "int padding": ("pad: i64[:, :]; s*0.125 where pad[b, n] != 0 else -inf", lambda x: (padding(x, (3, 5)).long(),)),
+    "lengths": (
+        "stop: i32[:]; s*0.125 where n < stop[b] & n <= m else 0row",
+        lambda x: (torch.tensor([x.N // 2, 0, 3], dtype=torch.int32)[: x.B],),
+    ),
+    "nested": (
+        "pad: bool[:, :]; s*0.125 where n <= m else =min where pad[b, n] else +min",
+        lambda x: (scattered(x.B, x.N),),
+    ),
+    "documents": (
+        "doc: i64[:, :]; s*0.125 where n <= m & doc[b, m] == doc[b, n] else 0row",
+        lambda x: (torch.arange(max(x.M, x.N)).expand(x.B, -1) // 11,),
+    ),
+    "static cache": ("pos: i64[:]; s*0.125 where n <= pos[m] else -inf", lambda x: (torch.arange(x.M) + 3,)),
+    "jumping ends": ("pos: i64[:]; s*0.125 where n <= pos[m] else -inf", lambda x: (torch.arange(x.M) // 8 * 9 - 2,)),
+    "by head": ("s*0.125 where n < h*7 else +min", lambda x: ()),
+    "softcap": ("5*tanh(s*0.125/5) where n <= m else -inf", lambda x: ()),
+    "alibi": ("slope: f32[:]; s*0.125 + slope[h]*n where n <= m else =min", lambda x: (floats(x.H),)),
+    "alibi by distance": ("slope: f32[:]; s*0.125 - slope[h]*abs(n - m)", lambda x: (floats(x.H).abs(),)),
+    "relative": (
+        "table: f32[:, :]; bucket: i64[:]; s*0.25 + table[bucket[n - m + M - 1], h]",
+        lambda x: (floats(6, x.H), torch.arange(x.M + x.N) % 6),
+    ),
+    "dense bias": (
+        "bias: f32[:, :, :, :]; s*0.125 + bias[b, 0, m, n]",
+        lambda x: (floats(x.B, 1, x.M, x.N).masked_fill(~scattered(x.B, 1, x.M, x.N), -1e4),),
+    ),
+    "infinite bias": (
+        "bias: f32[:, :, :, :]; s*0.125 + bias[b, 0, m, n]",
+        lambda x: (
+            floats(x.B, 1, x.M, x.N).masked_fill(torch.arange(x.N) > torch.arange(x.M)[:, None] - 2, -torch.inf),
+        ),
+    ),
+    "sinks": ("sinks: f32[:]; s*0.125 where n <= m & n > m - 9 else +min sink sinks[h]", lambda x: (floats(x.H),)),
+    "sinks, empty rows": (
+        "sinks: f32[:]; s*0.125 where n < m else +min sink sinks[h]",
+        lambda x: (floats(x.H).masked_fill(torch.arange(x.H) == 1, -torch.inf),),
+    ),
+    "dropout": ("dropout 0.3; s*0.125 where n <= m else -inf", lambda x: ()),
+    "dropout, empty rows": (
+        "pad: bool[:, :]; dropout 0.3; s*0.125 where n <= m & pad[b, n] else +min",
+        lambda x: (scattered(x.B, x.N),),
+    ),
+    "nothing allowed": ("s*0.125 where False else +min", lambda x: ()),
+    "no scores": ("bias: f32[:]; bias[n] where n <= m else -inf", lambda x: (floats(x.N),)),
+}
+SHAPES = {
+    "grouped": Shape(2, 6, 2, 40, 40, 16, 16),
+    "wide values": Shape(1, 2, 2, 33, 33, 8, 24),
+    "short": Shape(2, 4, 1, 12, 45, 16, 16),
+    "long": Shape(2, 3, 3, 45, 12, 16, 16),
+    "decode": Shape(3, 4, 2, 1, 37, 16, 16),
+}
+
+
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_families_fp32(text: str, leaves: Leaves, shape: Shape) -> None:
+    hold_to_oracle(made(text, shape, leaves(shape)))
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_families_in_other_types(text: str, leaves: Leaves, dtype: torch.dtype) -> None:
+    shape = SHAPES["grouped"]
+    hold_to_oracle(made(text, shape, leaves(shape), dtype))
+
+
+@pytest.mark.parametrize("name", ["causal", "left padding", "nested", "softcap", "dense bias", "sinks", "dropout"])
+def test_the_log_sum_exp_is_differentiable(name: str) -> None:
+    text, leaves = FAMILIES[name]
+    shape = SHAPES["grouped"]
+    hold_to_oracle(made(text, shape, leaves(shape)), with_lse=True)
+
+
+def test_sizes_of_the_call() -> None:
+    shape = SHAPES["short"]
+    hold_to_oracle(made("s*0.125 where n <= m + i0 & n > m + i0 - i1 else -inf", shape, sizes=(30, 20)))
+    hold_to_oracle(made("s*0.125/float(N) where n <= m + i0 else -inf", shape, sizes=(30,)))
+
+
+@contextmanager
+def blocks(rows: int, cells: int) -> Iterator[None]:
+    """Blocks of that many rows, tiles of that many cells, in both inner steps."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(plain_step, "rows_of_block", lambda shape: rows)
+        patch.setattr(plain_step, "BLOCK_CELLS", cells)
+        patch.setattr(flash_step, "_ROWS", rows)
+        patch.setattr("attnfuse.templates.degenerate.BLOCK_CELLS", cells)
+        patch.setattr(cover, "_SEGMENTS", 3)
+        yield
+
+
+def values_of(case: Case) -> Call:
+    made_ = case.tensors()
+    return Call(case.spec, made_.q, made_.k, made_.v, tuple(made_.leaves))
+
+
+@given(cases(), st.sampled_from(((3, 16), (4, 60), (64, 1 << 20))))
+@settings(max_examples=250)
+def test_random_programs_in_blocks_of_any_size(case: Case, size: tuple[int, int]) -> None:
+    cover.index_rows.cache_clear()
+    with blocks(*size):
+        hold_to_oracle(values_of(case))
+
+
+@pytest.mark.parametrize("text", ["dropout 0.4; s", "dropout 0.4; 5*tanh(s/5) where n <= m else -inf"])
+def test_the_dropout_mask_does_not_depend_on_blocks(text: str) -> None:
+    shape = Shape(2, 4, 2, 50, 61, 8, 61)
+    call = made(text, shape)
+    eye = torch.eye(61).expand(2, 2, 61, 61)
+    kept = dropout.keep(SEED, 0.4, (2, 4, 50, 61))
+    for rows, cells in ((7, 100), (16, 5000), (64, 1 << 20)):
+        with blocks(rows, cells):
+            weights, _ = call._replace(v=eye).run()
+        assert not weights[~kept].any(), "a dropped weight was used"
+        allowed = weights.new_ones(50, 61).tril().bool() if "where" in text else weights.new_ones(50, 61).bool()
+        assert (weights != 0)[kept & allowed].all(), "a kept weight was dropped"
+
+
+def test_dropout_is_random_in_every_direction() -> None:
+    p, size = 0.3, (2, 4, 256, 512)
+    x = dropout.keep(SEED, p, size).double() - (1 - p)
+    variance = p * (1 - p)
+
+    def deviation(product: Tensor, power: int) -> float:
+        return abs(float(product.sum())) / (variance ** (power / 2) * product.numel() ** 0.5)
+
+    assert deviation(x, 1) < 4
+    neighbours = [x[1:] * x[:-1], x[:, 1:] * x[:, :-1], x[..., 1:, :] * x[..., :-1, :], x[..., 1:] * x[..., :-1]]
+    squares = x[..., 1:, 1:] * x[..., 1:, :-1] * x[..., :-1, 1:] * x[..., :-1, :-1]
+    assert [deviation(y, 2) < 4 for y in neighbours] == [True] * 4
+    assert deviation(squares, 4) < 4
+    other = dropout.keep(SEED + 1, p, size).double() - (1 - p)
+    assert deviation(x * other, 2) < 4
+
+
+@pytest.mark.parametrize(("p", "rate"), [(0.0, 0.0), (1e-3, 1e-3), (0.5, 0.5), (0.999, 0.999)])
+def test_dropout_rates(p: float, rate: float) -> None:
+    dropped = 1 - dropout.keep(SEED, p, (1, 8, 512, 512)).double().mean().item()
+    assert dropped == pytest.approx(rate, abs=4 * (rate * (1 - rate) / 2**21) ** 0.5)
+
+
+@pytest.mark.parametrize(
+    "text", ["s", "s where n <= m else -inf", "5*tanh(s/5)", "sinks: f32[:]; s sink sinks[h]", "dropout 0.5; s"]
+)
+@pytest.mark.parametrize("empty", ["B", "M", "N", "D", "Dv"])
+def test_nothing_of_one_size(text: str, empty: str) -> None:
+    shape = Shape(2, 4, 2, 5, 6, 8, 8)._replace(**{empty: 0})
+    call = made(text, shape, (torch.zeros(4),) if "sinks" in text else ())
+    out, lse = call.run()
+    assert out.shape == (shape.B, 4, shape.M, shape.Dv)
+    assert lse.shape == (shape.B, 4, shape.M)
+    if empty == "N":
+        assert not out.any()
+        assert (lse == -torch.inf).all()
+    grads = torch.autograd.grad(out.sum(), (call.q, call.k, call.v))
+    assert [g.shape for g in grads] == [call.q.shape, call.k.shape, call.v.shape]
+    assert not any(g.isnan().any() for g in grads)
+
+
+LAYOUTS: dict[str, Callable[[Tensor], Tensor]] = {
+    "contiguous": lambda x: x.contiguous(),
+    "slice of a wider tensor": lambda x: torch.cat((x, x), -1)[..., : x.shape[-1]],
+    "every other element": lambda x: torch.stack((x, x), -1).flatten(-2)[..., ::2],
+    "depth outside": lambda x: x.mT.contiguous().mT,
+    "expanded batch": lambda x: x[:1].contiguous().expand(x.shape),
+    "expanded heads": lambda x: x[:, :1].contiguous().expand(x.shape),
+}
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 1, 0, 2)], ids=str)
+@pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
+@pytest.mark.parametrize("text", ["s where n <= m else -inf", "5*tanh(s/5) where n <= m else -inf"])
+def test_layouts(text: str, layout: Callable[[Tensor], Tensor], order: tuple[int, ...]) -> None:
+    plain = made(text, Shape(2, 4, 2, 20, 20, 8, 8))
+    q, k, v = (layout(x.detach()).requires_grad_() for x in (plain.q, plain.k, plain.v))
+    call = plain._replace(q=q, k=k, v=v, order=order)
+    out, lse = call.run()
+    for x in (out, lse.unsqueeze(-1)):
+        assert x.permute(order if x is out else (0, 1, 2, 3)).is_contiguous()
+    for grad in torch.autograd.grad(out.sum(), (q, k, v)):
+        assert grad.permute(order).is_contiguous()
+    hold_to_oracle(call)
+
+
+def test_types_of_values_differ_from_those_of_scores() -> None:
+    for v_dtype in (torch.bfloat16, torch.float64):
+        call = made("s*0.125 where n <= m else -inf", SHAPES["grouped"])
+        call = call._replace(v=call.v.detach().to(v_dtype).requires_grad_())
+        out, lse = call.run()
+        assert (out.dtype, lse.dtype) == (v_dtype, torch.float32)
+        exact, _ = reference(call.spec, call.q, call.k, call.v, ())
+        tolerance = 2 * torch.finfo(torch.bfloat16 if v_dtype == torch.bfloat16 else torch.float32).eps
+        assert (out.double() - exact).abs().max() < tolerance * exact.abs().max()
+
+
+# --- what is computed ------------------------------------------------------------------------------------------------
+
+
+def poisoned(x: Tensor, where: Tensor) -> Tensor:
+    """NaN in the keys [b, n] that must not be read."""
+    return x.detach().masked_fill(where[:, None, :, None], torch.nan)
+
+
+@pytest.mark.parametrize("score", ["s*0.125", "5*tanh(s/5)", "s*0.125 + n*0.01"])
+@pytest.mark.parametrize(
+    ("mask", "unread"),
+    [
+        ("n <= m & n >= 40", lambda n: n < 40),
+        ("n < 70", lambda n: n >= 70),
+        ("n // 32 == 1", lambda n: (n < 32) | (n >= 64)),
+        ("pad[b, n]", lambda n: (n < 30) | (n >= 90)),
+        ("n <= m & pad[b, n] & m >= 30", lambda n: (n < 30) | (n >= 90)),
+        ("n < stop[b]", lambda n: n >= 50),
+    ],
+)
+def test_keys_that_the_mask_excludes_are_not_read(score: str, mask: str, unread: Callable[[Tensor], Tensor]) -> None:
+    shape = Shape(2, 4, 2, 128, 128, 8, 8)
+    excluded = unread(torch.arange(128)).expand(2, 128)
+    declared = "pad: bool[:, :]; " if "pad" in mask else "stop: i64[:]; " if "stop" in mask else ""
+    leaves = () if not declared else (~excluded,) if "pad" in mask else (torch.tensor([50, 50]),)
+    call = made(f"{declared}{score} where {mask} else 0row", shape, leaves)
+    k, v = (poisoned(x, excluded).requires_grad_() for x in (call.k, call.v))
+    out, _ = call._replace(k=k, v=v).run()
+    assert out.isfinite().all()
+    dq, dk, dv = torch.autograd.grad(out.sum(), (call.q, k, v))
+    assert all(x.isfinite().all() for x in (dq, dk, dv))
+
+
+def test_packed_documents_are_computed_one_by_one() -> None:
+    """Blocks see only the keys that some row of theirs may look at, in the forward and in the backward."""
+    shape = Shape(1, 2, 2, 1024, 1024, 8, 8)
+    doc = (torch.arange(1024) // 128)[None]
+    for score in ("s*0.125", "5*tanh(s/5)"):
+        call = made(f"doc: i64[:, :]; {score} where n <= m & doc[b, m] == doc[b, n] else -inf", shape, (doc,))
+        with Largest() as seen:
+            torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+        # the mask itself is looked at for a block of rows and all keys before it
+        assert seen.floats <= 2 * 128 * 128
+
+
+class Largest(TorchDispatchMode):
+    """The greatest number of elements of a tensor that any operator made, of all types and of floating-point ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.any = self.floats = 0
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, Tensor) and x.untyped_storage().nbytes() >= x.numel() * x.element_size():
+                self.any = max(self.any, x.numel())
+                self.shapes.add(tuple(x.shape))
+                if x.is_floating_point() and not func.is_view:
+                    self.floats = max(self.floats, x.numel())
+        return out
+
+
+MEMORY = {
+    "causal": "s*0.125 where n <= m else +min",
+    "padded": "pad: bool[:, :]; s*0.125 where n <= m & pad[b, n] else +min",
+    "window": "s*0.125 where n <= m & n > m - 512 else +min",
+    "softcap": "5*tanh(s/5) where n <= m else -inf",
+    "alibi": "slope: f32[:]; s*0.125 + slope[h]*n where n <= m else -inf",
+    "dropout": "dropout 0.1; s*0.125 where n <= m else +min",
+}
+
+
+@pytest.mark.parametrize("text", MEMORY.values(), ids=MEMORY.keys())
+def test_peak_memory_is_an_eighth_of_dense_attention_and_linear(text: str) -> None:
+    def leaves(length: int) -> tuple[Tensor, ...]:
+        pad = torch.ones(1, length, dtype=torch.bool)
+        pad[:, : length // 8] = False
+        return (pad,) if "pad" in text else (torch.rand(2).requires_grad_(),) if "slope" in text else ()
+
+    def ours(length: int) -> tuple[int, int]:
+        call = made(text, Shape(1, 2, 1, length, length, 16, 16), leaves(length))
+        forward = peak_bytes(lambda: call.run()[0].detach())
+        both = peak_bytes(lambda: torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v)))
+        return forward, both
+
+    def dense(length: int) -> tuple[int, int]:
+        q, k, v = (torch.randn(1, 2, length, 16, requires_grad=True) for _ in range(3))
+        mask = torch.ones(length, length, dtype=torch.bool).tril()
+
+        def run() -> Tensor:
+            return (q @ k.mT * 0.125).masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+        with torch.no_grad():
+            forward = peak_bytes(run)
+        return forward, peak_bytes(lambda: torch.autograd.grad(run().sum(), (q, k, v)))
+
+    small, large, eager = ours(2048), ours(4096), dense(4096)
+    for part in (0, 1):
+        assert large[part] <= eager[part] / 8
+        assert large[part] <= 2.5 * small[part]
+
+
+def peak_bytes(run: Callable[[], object]) -> int:
+    """The most memory that the CPU's allocator holds at one time during a call, what it holds before left out."""
+    run()
+    with torch.profiler.profile(profile_memory=True, activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
+        run()
+    assert profile.profiler is not None
+    changes = sorted(
+        (e.start_ns(), e.nbytes()) for e in profile.profiler.kineto_results.events() if e.name() == "[memory]"
+    )
+    assert changes, "the profiler recorded no memory"
+    held = most = 0
+    for _, change in changes:
+        held += change
+        most = max(most, held)
+    return most
+
+
+@pytest.mark.parametrize("text", ["s*0.125", "5*tanh(s/5)", "pad: bool[:, :]; s*0.125 where pad[b, n] else +min"])
+def test_grouped_heads_are_never_expanded(text: str) -> None:
+    shape = Shape(1, 32, 2, 4, 512, 16, 16)
+    call = made(text, shape, (scattered(1, 512),) if "pad" in text else ())
+    with Largest() as seen:
+        torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+    assert seen.any < shape.H * shape.N * shape.D
