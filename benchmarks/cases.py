@@ -209,7 +209,7 @@ Case = Speed | Compile | Memory | Overhead
 
 
 def _passes() -> Iterator[tuple[str, Case]]:
-    short = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+    short = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     plain = Pass(training=False, batch=1, tokens=2048, padded=0, mask=True, dtype=torch.float32)
     for dtype, bound in ((torch.bfloat16, 1.25), (torch.float32, 1.15)):
         causal = replace(plain, dtype=dtype)
@@ -218,11 +218,17 @@ def _passes() -> Iterator[tuple[str, Case]]:
     for dtype in short:
         subject = replace(plain, mask=False, dtype=dtype)
         yield f"prefill-no-mask-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject))
+    step = replace(plain, training=True)
+    for dtype, form, subject in (
+        (torch.bfloat16, "causal", step),
+        (torch.bfloat16, "padded", replace(step, batch=2, padded=512)),
+        (torch.float32, "causal", step),
+    ):
+        subject = replace(subject, dtype=dtype)
+        yield f"training-{form}-{short[dtype]}", Speed(subject, Target("at least", 1.1), _about(subject))
     for dtype in short:
-        subject = replace(plain, training=True, batch=2, tokens=1024, dtype=dtype)
-        yield f"training-causal-{short[dtype]}", Speed(subject, Target("at least", 1.1), _about(subject))
-    subject = replace(plain, training=True, batch=2, tokens=1024, padded=256, dtype=torch.bfloat16)
-    yield "training-padded-bf16", Speed(subject, Target("at least", 1.1), _about(subject))
+        subject = replace(step, batch=2, tokens=1024, dtype=dtype)
+        yield f"training-1024-{short[dtype]}", Speed(subject, None, _about(subject))
     for training, name in ((False, "prefill"), (True, "training")):
         for dtype in short:
             subject = replace(plain, training=training, tokens=128, dtype=dtype)
