@@ -61,7 +61,7 @@ def insert(site: Site, what: Meaning, library: Call | None, check: Callable[[fx.
         check: looks at the new output while the old one still stands; what it raises takes the new nodes out again.
 
     Raises:
-        Miss: AF032 if the strides of the output cannot be kept, AF027 if K and V differ in heads.
+        Miss: AF032 if the strides of the output cannot be kept, AF027 if the heads of k and v do not divide each other.
     """
     graph = site.scope.module.graph
     before = {id(n) for n in graph.nodes}
@@ -89,12 +89,12 @@ def _inputs(site: Site) -> Iterable[fx.Node]:
 
 def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.Node:
     q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
-    kv_heads = {shape(k)[1], shape(v)[1]}
-    if len(kv_heads) != 1:
-        raise Miss("AF027", site.out, f"k has {shape(k)[1]} heads and v has {shape(v)[1]}")
+    k, v = _with_same_heads(emit, k, v, site)
     q, k, v = (_cast(emit, x, dtype) for x, dtype in ((q, site.dtype), (k, site.dtype), (v, fake(site.out).dtype)))
     order = _out_order(site)
-    free = _is_made_contiguous(site.out)
+    # the backward reads the output: what the model writes to is a copy
+    written = bool(site.scope.storage.writes(site.out))
+    free = None if written else _is_made_contiguous(site.out)
     if library is not None:
         grouped = not same(shape(q)[1], shape(k)[1])
         out = emit(
@@ -110,7 +110,9 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
         )
         placed = _placed(emit, out, site)
         if not _same_strides(placed, site.out) and not free:
-            placed = emit(aten.clone.default, placed, memory_format=torch.contiguous_format)
+            other = placed
+            placed = _placed(emit, _stored(emit, out, order), site)
+            _erase(emit.graph, [other])
     else:
         leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
         sizes = [_number(expr, scope, node, site.scope) for expr, scope, node in what.sizes]
@@ -124,11 +126,41 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
         )
         out = emit(operator.getitem, pair, 0)
         placed = _placed(emit, out, site)
+    if written:
+        placed = emit(aten.clone.default, placed)
     if not free and not _same_strides(placed, site.out):
         raise Miss("AF032", site.out, f"strides {tuple(fake(site.out).stride())}")
     if fake(placed).dtype != fake(site.out).dtype or not all(map(same, shape(placed), shape(site.out))):
         raise AssertionError(f"the replacement is {fake(placed)}, the original {fake(site.out)}")
     return placed
+
+
+def _with_same_heads(emit: Emitter, k: fx.Node, v: fx.Node, site: Site) -> tuple[fx.Node, fx.Node]:
+    """k and v with as many heads as the one of them that has more."""
+    heads = [shape(k)[1], shape(v)[1]]
+    if same(*heads):
+        return k, v
+    fewer, more = sorted(x for x in heads if isinstance(x, int)) if all(isinstance(x, int) for x in heads) else (0, 0)
+    if not fewer or more % fewer:
+        raise Miss("AF027", site.out, f"k has {heads[0]} heads and v has {heads[1]}")
+
+    def repeated(x: fx.Node) -> fx.Node:
+        if same(shape(x)[1], more):
+            return x
+        if fewer == 1:
+            return emit(aten.expand.default, x, [-1, more, -1, -1])
+        return emit(aten.repeat_interleave.self_int, x, more // fewer, 1)
+
+    return repeated(k), repeated(v)
+
+
+def _stored(emit: Emitter, out: fx.Node, order: Sequence[int]) -> fx.Node:
+    """A copy of [B, H, M, Dv] with this memory order."""
+    if list(order) == sorted(order):
+        return emit(aten.clone.default, out, memory_format=torch.contiguous_format)
+    moved = emit(aten.permute.default, out, list(order))
+    copy = emit(aten.clone.default, moved, memory_format=torch.contiguous_format)
+    return emit(aten.permute.default, copy, [order.index(dim) for dim in range(len(order))])
 
 
 def _cast(emit: Emitter, node: fx.Node, dtype: torch.dtype) -> fx.Node:

@@ -110,7 +110,7 @@ def hint(size: Size, node: fx.Node) -> int:
 def _hints(site: Site) -> Shape:
     """The sizes as they are in this compile; symbols by their hints."""
     s = site.sizes
-    k_layout = layout(site.k, s, "k")
-    assert k_layout is not None
-    b, h, kv, m, n, d, e = (hint(x, site.out) for x in (s.B, s.H, k_layout.heads, s.M, s.N, s.D, s.Dv))
+    layouts = layout(site.k, s, "k"), layout(site.v, s, "v")
+    kv = max(hint(x.heads, site.out) for x in layouts if x is not None)
+    b, h, m, n, d, e = (hint(x, site.out) for x in (s.B, s.H, s.M, s.N, s.D, s.Dv))
     return Shape(b, h, kv, m, n, d, e)
