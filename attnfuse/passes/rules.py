@@ -183,7 +183,16 @@ def _whole(at: At) -> Expr:
 @_rule("neg", "abs", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid")
 def _unary(at: At) -> Expr:
     source = at.args["self"]
-    return call(at.name, converted(at.operand(source), kind(source), at.kind))
+    return _applied(at.name, converted(at.operand(source), kind(source), at.kind), at.dtype)
+
+
+def _applied(name: str, expr: Expr, dtype: torch.dtype) -> Expr:
+    """A function of an element; of constants the value that the operator gives in its type."""
+    if isinstance(expr, Const) and type(expr.value) is float:
+        return Const(float(getattr(torch, name)(torch.tensor(expr.value, dtype=dtype))))
+    if isinstance(expr, Call) and expr.op == "where" and all(isinstance(arm, Const) for arm in expr.args[1:]):
+        return call("where", expr.args[0], *(_applied(name, arm, dtype) for arm in expr.args[1:]))
+    return call(name, expr)
 
 
 @_rule("pow")
