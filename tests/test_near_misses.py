@@ -190,6 +190,37 @@ def value_times_value_of_no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * k).softmax(-1) @ v.mT
 
 
+@near_miss("AF022")
+def first_keys_cut_from_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT)[..., 2:].softmax(-1) @ v[:, :, 2:]
+
+
+@near_miss("AF022")
+def last_keys_cut_from_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT)[..., :4].softmax(-1) @ v[:, :, :4]
+
+
+@near_miss("AF022")
+def some_queries_cut_from_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT)[:, :, 1:4].softmax(-1) @ v
+
+
+@near_miss("AF024")
+def keys_of_the_scores_in_reverse(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).flip(-1).softmax(-1) @ v
+
+
+@near_miss("AF027", inputs=lambda: (*(x[:, :2] for x in qkv()[:2]), qkv()[2]))
+def scores_repeated_for_each_two_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).repeat_interleave(2, 1).softmax(-1) @ v
+
+
+@near_miss("s", inputs=given(B=4, M=4))
+def values_with_batch_and_heads_exchanged(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+    return torch.einsum("bhqk,hkbd->bqhd", weights, v)
+
+
 # What is done to the weights
 
 
@@ -383,10 +414,14 @@ def minimum_of_half_precision_in_single(q: Tensor, k: Tensor, v: Tensor) -> Tens
 
 @near_miss(
     "where(n > m, 3.4028234663852886e+38, s)",
-    fails="the backward forms weights as exp(score - lse), where a great lse has no room for the logarithm of a sum",
 )
 def greatest_instead_of_least(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(~causal(), torch.finfo(torch.float32).max).softmax(-1) @ v
+
+
+@near_miss("AF024")
+def infinity_times_zero(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + (1.0 - causal().to(q.dtype)) * -math.inf).softmax(-1) @ v
 
 
 @near_miss("AF024")
@@ -593,6 +628,12 @@ def autocast_switched_off_for_the_softmax(q: Tensor, k: Tensor, v: Tensor) -> Te
         return weights @ v
 
 
+@near_miss("AF024", inputs=given(randn(6, 6)), gradients=False)
+def mask_rounded_by_autocast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 # Types
 
 
@@ -602,6 +643,21 @@ def integer_query_and_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 # Softmaxes that are no attention
+
+
+@near_miss()
+def softmax_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = q @ k.mT
+    weights = (s - s.amax(-1, keepdim=True)).exp()
+    return (weights / weights.sum(-1, keepdim=True)) @ v
+
+
+@near_miss("AF021", inputs=lambda: tuple(randn(6, 2, 4, seed=i) for i in range(3)))
+def averaged_weights_of_multi_head_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
+    eye = torch.eye(4, dtype=q.dtype)
+    return F.multi_head_attention_forward(
+        q, k, v, 4, 2, eye.repeat(3, 1), None, None, None, False, 0.0, eye, None, need_weights=True
+    )
 
 
 @near_miss("AF020", inputs=lambda: (randn(2, 6, 8), randn(8, 5)))

@@ -17,14 +17,11 @@ SPELLINGS: list[Any] = []
 Inputs = Callable[[], tuple[object, ...]]
 
 
-def spelling(
-    text: str, inputs: Inputs = qkv, *, name: str = "", fails: str = "", **how: Any
-) -> Callable[[Callable[..., Any]], Any]:
-    """Registers a function of `inputs()` whose one attention has the spec `text`; `fails` says why it is not right yet."""
+def spelling(text: str, inputs: Inputs = qkv, *, name: str = "", **how: Any) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function of `inputs()` whose one attention has the spec `text`."""
 
     def register(fn: Callable[..., Any]) -> Callable[..., Any]:
-        marks = [pytest.mark.xfail(reason=fails)] if fails else []
-        SPELLINGS.append(pytest.param(fn, inputs, text, how, id=name or fn.__name__, marks=marks))
+        SPELLINGS.append(pytest.param(fn, inputs, text, how, id=name or fn.__name__))
         return fn
 
     return register
@@ -41,9 +38,6 @@ def test_spelling(fn: Callable[..., Any], inputs: Inputs, text: str, how: dict[s
     (remark,) = check(fn, *inputs(), **how).remarks
     assert verdict(remark) == text
     assert shape in (None, remark.facts["shape"])
-
-
-LSE = "the backward forms weights as exp(score - lse), where a great lse has no room for the logarithm of a sum"
 
 
 def wide(x: Tensor) -> torch.dtype:
@@ -78,12 +72,12 @@ def scores_over_root_of_depth(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.matmul(q, k.transpose(2, 3)) / math.sqrt(q.size(-1)), dim=-1) @ v
 
 
-@spelling("s/sqrt(4.0)")
+@spelling("s/2.0")
 def scores_over_root_as_tensor(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.matmul(q, k.mT) / torch.sqrt(torch.tensor(q.size(-1), dtype=q.dtype)), dim=-1) @ v
 
 
-@spelling("s/sqrt(4.0)")
+@spelling("s/2.0")
 def scores_over_root_as_full(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.softmax(torch.matmul(q, k.mT) / torch.full([], 4.0, dtype=q.dtype).sqrt(), dim=-1) @ v
 
@@ -474,12 +468,12 @@ def fill_of_ten_thousand_is_arithmetic(q: Tensor, k: Tensor, v: Tensor) -> Tenso
     return (q @ k.mT).masked_fill(~causal(6, 6), -1e4).softmax(-1) @ v
 
 
-@spelling("where(n >= m, -10000.0, s)", fails=LSE)
+@spelling("where(n >= m, -10000.0, s)")
 def row_of_ten_thousands(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).masked_fill(torch.arange(6) >= torch.arange(6)[:, None], -1e4).softmax(-1) @ v
 
 
-@spelling("pad: bool[:, :]; s + where(~(pad[b, n] & n <= m), -1000000000.0, -0.0)", given(padding().bool()), fails=LSE)
+@spelling("pad: bool[:, :]; s + where(~(pad[b, n] & n <= m), -1000000000.0, -0.0)", given(padding().bool()))
 def rows_of_billions(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     allowed = mask[:, None, None, :] & causal(6, 6)
     return (q @ k.mT + (~allowed).to(q.dtype) * -1e9).softmax(-1) @ v
@@ -518,18 +512,26 @@ def scaled_after_infinities(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (s * 0.5).softmax(-1) @ v
 
 
-@spelling("where(n < m, s, -3.4028234663852886e+38)*0.5", fails=LSE)
+@spelling("where(n < m, s, -3.4028234663852886e+38)*0.5")
 def scaled_after_minima(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = torch.where(torch.arange(6) < torch.arange(6)[:, None], q @ k.mT, torch.finfo(torch.float32).min)
     return (s * 0.5).softmax(-1) @ v
 
 
-@spelling(
-    "bias: f32[:, :, :]; where(n < m, s, -3.4028234663852886e+38) + bias[h, m, n]", given(randn(4, 6, 6)), fails=LSE
-)
+@spelling("bias: f32[:, :, :]; where(n < m, s, -3.4028234663852886e+38) + bias[h, m, n]", given(randn(4, 6, 6)))
 def bias_after_minima_that_replace(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     s = torch.where(torch.arange(6) < torch.arange(6)[:, None], q @ k.mT, torch.finfo(torch.float32).min)
     return (s + bias).softmax(-1) @ v
+
+
+@spelling("s where n <= m else -inf")
+def logarithm_of_a_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT + torch.log(causal(6, 6).to(q.dtype))).softmax(-1) @ v
+
+
+@spelling("s*where(n <= m, 1.0, 0.0)")
+def mask_multiplied_with_the_scores_is_arithmetic(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * causal(6, 6)).softmax(-1) @ v
 
 
 # Types
@@ -632,6 +634,44 @@ def grouped_by_einsum(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     grouped = q.view(2, 2, 2, 6, 4)
     weights = (torch.einsum("bhgmd,bhnd->bhgmn", grouped, k) * 0.5).softmax(-1)
     return torch.einsum("bhgmn,bhnd->bhgmd", weights, v).reshape(2, 4, 6, 4)
+
+
+# Operands that are shared
+
+
+@spelling("s*0.3", lambda: (randn(2, 6, 8),), shape="B2 H1 M6 N6 D8")
+def one_tensor_for_all_three(x: Tensor) -> Tensor:
+    return ((x @ x.mT) * 0.3).softmax(-1) @ x
+
+
+@spelling("s", lambda: (*(x[:, :1] for x in qkv()[:2]), qkv()[2]), shape="B2 H4 M6 N6 D4")
+def scores_shared_by_all_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).expand(2, 4, 6, 6).softmax(-1) @ v
+
+
+@spelling("s", lambda: (qkv()[0], qkv(Hkv=2)[1], qkv()[2]), shape="B2 H4 M6 N6 D4")
+def fewer_heads_of_keys_than_of_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.repeat_interleave(2, 1).mT).softmax(-1) @ v
+
+
+@spelling("s", lambda: (*qkv()[:2], randn(6, 4)))
+def values_shared_by_heads_and_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@spelling("s", lambda: (randn(4, 6, 4), *qkv()[1:]))
+def learned_queries_shared_by_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@spelling("s", lambda: (qkv()[0], qkv(B=1)[1], qkv()[2]))
+def keys_shared_by_the_batch(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).softmax(-1) @ v
+
+
+@spelling("s*0.5", lambda: (qkv()[0], qkv(B=1, Hkv=1)[1], qkv(Hkv=1)[2]), shape="B2 H4/1 M6 N6 D4")
+def sdpa_of_shared_keys_and_values(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 # Products
@@ -849,6 +889,27 @@ def shifted_windows(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, mask: Tensor)
     return s.view(6, 4, 6, 6).softmax(-1) @ v
 
 
+@spelling("s", lambda: qkv(B=4, H=4, M=4, D=4))
+def output_of_an_einsum_in_memory_order(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    weights = torch.einsum("bqhd,bkhd->bhqk", q, k).softmax(-1)
+    return torch.einsum("bhqk,bkhd->bqhd", weights, v)
+
+
+@spelling("bias: f32[:, :]; s + bias[m, b]", lambda: (*qkv(B=4, H=4, M=4, D=4), randn(4, 4)))
+def bias_of_batch_and_queries_where_all_sizes_are_equal(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    return (q @ k.mT + bias.mT[:, None, :, None]).softmax(-1) @ v
+
+
+@spelling("s", lambda: qkv(B=4, H=4, M=4, D=4))
+def all_dimensions_permuted_where_all_sizes_are_equal(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q.permute(1, 2, 3, 0) @ k.permute(1, 2, 0, 3)).softmax(-1) @ v.permute(3, 1, 2, 0)
+
+
+@spelling("s", lambda: qkv(B=4, H=4, M=4, D=4))
+def batch_and_heads_of_the_scores_swapped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return (q @ k.mT).transpose(0, 1).softmax(-1) @ v
+
+
 # Sizes
 
 
@@ -917,6 +978,58 @@ def mask_filled_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.zeros(6, 6, dtype=q.dtype)
     mask.masked_fill_(~causal(6, 6), float("-inf"))
     return (q @ k.mT + mask).softmax(-1) @ v
+
+
+@spelling("s*0.5")
+def output_written_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = ((q @ k.mT) * 0.5).softmax(-1) @ v
+    out += 1
+    return out
+
+
+@spelling("tanh(s)")
+def output_written_in_place_after_contiguous(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = ((q @ k.mT).tanh().softmax(-1) @ v).transpose(1, 2).contiguous()
+    out.mul_(2)
+    return out
+
+
+@spelling("tanh(s)")
+def output_written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    out = (q @ k.mT).tanh().softmax(-1) @ v
+    out.transpose(1, 2)[:, 0] = 0
+    return out
+
+
+# Modes
+
+
+@spelling("s*0.5", lambda: (*qkv(), randn(4, 4)))
+def autocast_ends_with_the_attention(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        out = ((q @ k.mT) * 0.5).softmax(-1) @ v
+    return out.to(w.dtype) @ w
+
+
+@spelling("s*0.5 where n <= m else =min")
+def autocast_and_an_upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        s = (q @ k.mT) * 0.5
+        s = s.masked_fill(~causal(6, 6), torch.finfo(s.dtype).min)
+        return s.softmax(-1, dtype=wide(q)).to(q.dtype) @ v
+
+
+@spelling("mask: bool[:, :]; s*0.5 where mask[m, n] else 0row", given(randn(6, 6) > -1))
+def autocast_and_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@spelling("s")
+def all_of_it_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    with torch.no_grad():
+        out = (q @ k.mT).softmax(-1) @ v
+    return out * q
 
 
 # scaled_dot_product_attention
@@ -1107,7 +1220,7 @@ def test_heads_and_depth_that_change(fn: Callable[..., Any]) -> None:
     compiled = torch.compile(fn, backend="attnfuse", dynamic=True, options={"downstream": "aot_eager"})
     for B, H, N, D in ((2, 4, 6, 8), (3, 8, 9, 16)):
         Hkv = H // 2 if fn is any_length_grouped else H
-        compare(fn, compiled, *qkv(B, H, N, D=D, Hkv=Hkv))
+        compare(fn, compiled, *qkv(B, H, N, D=D, Hkv=Hkv), gradients=False)
 
 
 def test_only_the_number_of_keys_changes() -> None:
