@@ -113,7 +113,17 @@ def _device(example_inputs: Sequence[Any]) -> str:
 
 
 def _publish(report: Report, options: Options) -> None:
-    """Hands the report to listeners, the log and the structured trace."""
+    """Hands the report on; what goes wrong with that is no reason to stop a compile."""
+    try:
+        _hand_out(report, options)
+    except Exception:
+        if options.strict:
+            raise
+        log.debug("the report could not be handed out", exc_info=True)
+
+
+def _hand_out(report: Report, options: Options) -> None:
+    """To listeners, the log and the structured trace."""
     for receive in _listeners.get():
         receive(report)
     if options.explain:

@@ -510,12 +510,10 @@ def _into_arms(op: str, *args: Expr) -> Expr | None:
 
 
 def _int_where(op: str, left: Expr, right: Expr) -> Expr | None:
-    """Integer arithmetic moved into a choice, so that `where(n < 1, n + 1, 1)` and the like can be resolved."""
+    """Arithmetic of two integers moved into a choice, so that `where(n < 1, n + 1, 1)` and the like can be resolved."""
     for at, arg in enumerate((left, right)):
         if isinstance(arg, Call) and arg.op == "where" and is_int(arg):
             other = right if at == 0 else left
-            if not is_int(other):
-                return None
             first, second = ((call(op, arm, other) if at == 0 else call(op, other, arm)) for arm in arg.args[1:])
             return call("where", arg.args[0], first, second)
     return None
@@ -619,7 +617,7 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr:
     pinned = _pinned(c)
     if pinned is not None:
         a = substitute(a, pinned)
-        if a == substitute(b, pinned) and isinstance(b, Const):
+        if a == b or (a == substitute(b, pinned) and isinstance(b, Const)):
             return b
     return Call("where", (c, a, b))
 

@@ -45,7 +45,7 @@ def gpt2(implementation: str, layers: int = 2, **more: Any) -> nn.Module:
 
 def bert(implementation: str, layers: int = 2, **more: Any) -> nn.Module:
     """Bidirectional, dropout in training."""
-    return BertModel(BertConfig(**_sizes(implementation, layers), add_pooling_layer=False, **more))
+    return BertModel(BertConfig(**_sizes(implementation, layers), **more), add_pooling_layer=False)
 
 
 FAMILIES: dict[str, Callable[..., nn.Module]] = {"llama": llama, "mistral": mistral, "gpt2": gpt2, "bert": bert}

@@ -10,7 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scalar import NoValueError, Scalar, evaluate
-from strategies import ALL_LEAVES, FLOAT_LOADS, Case, bools, float_expressions, ints, rebuilt, spec_of
+from strategies import ALL_LEAVES, COMPARE, FLOAT_LOADS, Case, bools, float_expressions, ints, rebuilt, spec_of
 from strategies import programs as whole_programs
 
 from attnfuse.reference import Evaluator
@@ -256,6 +256,20 @@ def test_call_changes_no_value_and_no_type(expr: Expr, seed: int) -> None:
             assert same(before, after), f"{expr} is {before}, {built} is {after} at {cell}"
 
 
+@pytest.mark.parametrize("op", COMPARE)
+def test_comparisons_at_the_edge_of_the_index_ranges(op: str) -> None:
+    decided = 0
+    for (index, size), factor, more in product(product("bmn", ("B", "M", "N")), (-1, 1, 2), range(-3, 4)):
+        left = Call("mul", (Var(index), Const(factor)))
+        right = Call("add", (Call("mul", (Var(size), Const(factor))), Const(more)))
+        for expr in (Call(op, (left, right)), Call(op, (right, left)), Call(op, (left, Const(more)))):
+            built = rebuilt(expr)
+            decided += isinstance(built, Const)
+            for cell in CELLS:
+                assert value(built, cell, Values(0)) == value(expr, cell, Values(0)), f"{expr} became {built}"
+    assert decided > 50
+
+
 @settings(max_examples=300)
 @given(any_expression)
 def test_simplify_is_idempotent(expr: Expr) -> None:
@@ -284,6 +298,7 @@ def test_simplify_is_idempotent(expr: Expr) -> None:
         ("pad[b, n] & pad[b, n]", "pad[b, n]"),
         ("pad[b, n] & True & (n <= m & pad[b, n])", "pad[b, n] & n <= m"),
         ("pad[b, n] | False", "pad[b, n]"),
+        ("pad[b, n] | pad[b, n]", "pad[b, n]"),
         ("pad[b, n] | True", "True"),
         ("where(n <= m, True, False)", "n <= m"),
         ("where(n <= m, False, True)", "n > m"),
@@ -291,6 +306,12 @@ def test_simplify_is_idempotent(expr: Expr) -> None:
         ("where(n <= m, s, s)", "s"),
         ("where(n < 1, n + 1, 1)", "1"),
         ("where(n < 1, n, 1)", "where(n < 1, 0, 1)"),
+        ("where(n == 0, n, 0)", "0"),
+        ("where(n <= 0, m + n, m)", "m"),
+        ("where(n <= 1, n, 0)", "where(n <= 1, n, 0)"),
+        ("where(n == 1, n, 0)", "where(n == 1, n, 0)"),
+        ("where(n < 2, n, 0)", "where(n < 2, n, 0)"),
+        ("where(M <= 0, M, 0)", "0"),
         ("where(n <= m, 0, 1) == 0", "n <= m"),
         ("where(n <= m, 0.0, 1.0) != 0.0", "n > m"),
         ("float(n <= m)", "where(n <= m, 1.0, 0.0)"),
@@ -312,6 +333,9 @@ def test_simplify_is_idempotent(expr: Expr) -> None:
         ("s + 0.1 + 0.2", "s + 0.1 + 0.2"),
         ("0.1 + 0.2", "0.1 + 0.2"),
         ("1.0 + 1.0", "2.0"),
+        ("16777216.0 + 1.0", "16777216.0 + 1.0"),
+        ("min(1.0, nan)", "min(1.0, nan)"),
+        ("max(nan, 1.0)", "max(nan, 1.0)"),
         ("s - s", "s - s"),
         ("s == s", "s == s"),
         ("s*0.0", "s*0.0"),

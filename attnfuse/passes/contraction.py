@@ -108,6 +108,9 @@ def _einsum(node: fx.Node) -> Contraction | None:
     summed = [x for x in dict.fromkeys((*lhs, *rhs)) if x not in result]
     if len(summed) != 1 or summed[0] not in lhs or summed[0] not in rhs:
         return None
+    left_sum, right_sum = (shape(t)[x.index(summed[0])] for t, x in zip(tensors, (lhs, rhs), strict=True))
+    if not same(left_sum, right_sum):
+        return None
     out_sizes = dict(zip(result, shape(node), strict=True))
 
     def marked(labels: list[str], tensor: fx.Node) -> Labels:

@@ -7,6 +7,8 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+import torch
+
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, source_line
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.recognise import Site, score_layers
@@ -56,7 +58,11 @@ def decide(site: Site) -> Replacement | Remark:
 
 def _target(site: Site) -> Target:
     q = fake(site.q.node)
-    training = any(fake(x.node).requires_grad for x in (site.q, site.k, site.v))
+    outermost = site.scope
+    while outermost.outer is not None:
+        outermost = outermost.outer
+    given = [n.meta.get("example_value") for n in outermost.module.graph.find_nodes(op="placeholder")]
+    training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
     return Target(
         device=q.device.type,
         dtype=SHORT_DTYPES[site.dtype],

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
 import torch
 from torch import fx
-from torch.utils import _pytree as pytree
 
 from attnfuse.passes.index import Size, sizes_of
 
@@ -140,12 +139,24 @@ class Storage:
         key = fake(node).untyped_storage()._cdata
         return self._inputs.setdefault(key, node)
 
+    def _find_other(self, node: fx.Node, at: int) -> fx.Node:
+        """The root of what is no ATen operator: an item of a result, or a higher-order operator, which may write to its operands
+        and return views of them unless its body shows that it does not."""
+        inputs = [x for x in node.all_input_nodes if x.op != "get_attr"]
+        if getattr(node.target, "__name__", "") == "getitem":
+            return self._root[inputs[0]] if inputs else node
+        tensors = [x for x in inputs if is_tensor(x)]
+        if isinstance(node.target, torch._ops.HigherOrderOperator) and not _keeps_hands_off(node):
+            for x in tensors:
+                self._writes.setdefault(self._root[x], []).append(at)
+            return self._root[tensors[0]] if tensors else node
+        return node
+
     def _find(self, node: fx.Node, at: int) -> fx.Node:
         if node.op != "call_function":
             return self._first_with_storage(node)
         if not isinstance(node.target, torch._ops.OpOverload):
-            first = node.args[0] if node.args and getattr(node.target, "__name__", "") == "getitem" else None
-            return self._root[first] if isinstance(first, fx.Node) else node
+            return self._find_other(node, at)
         root = node
         args = bound(node)
         for arg in node.target._schema.arguments:
@@ -160,6 +171,35 @@ class Storage:
             if any(r.alias_info is not None for r in node.target._schema.returns):
                 root = self._root[nodes[0]]
         return root
+
+
+def _keeps_hands_off(node: fx.Node) -> bool:
+    """Whether a higher-order operator's bodies are graphs that write to no input and return none, nor a view of one."""
+    module = node.graph.owning_module
+    bodies = [getattr(module, str(x.target), None) for x in node.all_input_nodes if x.op == "get_attr"]
+    if not bodies or not all(isinstance(body, fx.GraphModule) for body in bodies):
+        return False
+    for body in bodies:
+        assert isinstance(body, fx.GraphModule)
+        storage = Storage(body.graph)
+        inputs = body.graph.find_nodes(op="placeholder")
+        returned = body.graph.output_node().all_input_nodes
+        if any(storage.writes(x) for x in inputs) or any(storage.root(x).op == "placeholder" for x in returned):
+            return False
+    return True
+
+
+def mark_no_grad(graph: fx.Graph) -> None:
+    """Notes in `meta` which nodes run with gradients switched off, while other parts of the graph, or its caller, have them on."""
+    switches = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_set_grad_enabled"]
+    enabled = torch.is_grad_enabled()
+    if not switches:
+        return
+    for node in graph.nodes:
+        if node in switches:
+            enabled = bool(node.args[0])
+        elif not enabled and node.op == "call_function":
+            node.meta["attnfuse_no_grad"] = True
 
 
 def module_path(node: fx.Node) -> str:
@@ -184,10 +224,3 @@ def source_line(node: fx.Node) -> str:
         return ""
     path, line = frames[-1]
     return f"{Path(path).name}:{line}"
-
-
-def operands(node: fx.Node) -> Iterator[fx.Node]:
-    """The nodes among the arguments, lists flattened."""
-    for arg in pytree.tree_leaves((node.args, node.kwargs)):
-        if isinstance(arg, fx.Node):
-            yield arg

@@ -99,10 +99,15 @@ def value(index: Index) -> Expr:
     return out
 
 
-def _divided(expr: Expr) -> tuple[Expr, int, bool]:
-    """`expr` as `(x // stride)`, possibly `% size`: x, stride and whether a modulus was there."""
-    has_mod = False
-    if isinstance(expr, Call) and expr.op == "mod" and isinstance(expr.args[1], Const):
+def _divided(digit: Digit) -> tuple[Expr, int, bool]:
+    """A digit as `x // stride`, possibly `% size`: x, stride and whether a modulus was there.
+
+    A modulus that is not the digit's size is the user's own arithmetic: then x is the whole expression.
+    """
+    expr, has_mod = digit.expr, False
+    if isinstance(expr, Call) and expr.op == "mod":
+        if not (isinstance(expr.args[1], Const) and expr.args[1].value == digit.size):
+            return expr, 1, False
         expr, has_mod = expr.args[0], True
     if isinstance(expr, Call) and expr.op == "floordiv" and isinstance(expr.args[1], Const):
         return expr.args[0], int(expr.args[1].value), has_mod
@@ -111,7 +116,7 @@ def _divided(expr: Expr) -> tuple[Expr, int, bool]:
 
 def piece(digit: Digit) -> Piece | None:
     """The digit as a piece of one variable, or None if it is anything else."""
-    expr, stride, _ = _divided(digit.expr)
+    expr, stride, _ = _divided(digit)
     return Piece(expr.name, stride, digit.size) if isinstance(expr, Var) else None
 
 
@@ -131,8 +136,8 @@ def joined(digits: Sequence[Digit]) -> Index:
 
 
 def _merge(high: Digit, low: Digit) -> Digit | None:
-    x, high_stride, high_mod = _divided(high.expr)
-    y, low_stride, low_mod = _divided(low.expr)
+    x, high_stride, high_mod = _divided(high)
+    y, low_stride, low_mod = _divided(low)
     if x != y or not low_mod or not isinstance(low.size, int) or high_stride != low_stride * low.size:
         return None
     size = high.size * low.size
@@ -155,7 +160,7 @@ def _split(digit: Digit, low: Size) -> tuple[Digit, Digit]:
         if digit.size % low:
             raise Misaligned(f"a dimension of {digit.size} does not split by {low}")
         high = digit.size // low
-    x, stride, has_mod = _divided(digit.expr)
+    x, stride, has_mod = _divided(digit)
     assert isinstance(low, int)
     upper: Expr = call("floordiv", x, Const(stride * low))
     if has_mod:

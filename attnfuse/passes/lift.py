@@ -18,11 +18,11 @@ import torch
 from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
-from attnfuse.passes.graph import Storage, fake, is_tensor, packet
+from attnfuse.passes.graph import Storage, fake, is_tensor, mark_no_grad, packet
 from attnfuse.passes.index import Index, Unliftable, size_of, value
 from attnfuse.passes.normalise import INLINED_BODIES
 from attnfuse.passes.rules import MOVES, RULES, At, as_float
-from attnfuse.passes.views import broadcast
+from attnfuse.passes.views import broadcast, cuts_gradient
 from attnfuse.score import Call, Const, Expr, Load, S, Var, call, free_vars, loads, walk
 
 _MAX_NODES: Final = 400
@@ -80,10 +80,11 @@ class Table:
         return self._names[key]
 
     def symbol(self, expr: sympy.Expr, scope: Scope, node: fx.Node) -> str:
-        if expr not in self._names:
-            self._names[expr] = f"i{len(self.symbols)}"
-            self.symbols[self._names[expr]] = (expr, scope, node)
-        return self._names[expr]
+        key = (expr, id(scope))
+        if key not in self._names:
+            self._names[key] = f"i{len(self.symbols)}"
+            self.symbols[self._names[key]] = (expr, scope, node)
+        return self._names[key]
 
 
 class Scope:
@@ -98,12 +99,21 @@ class Scope:
         call: fx.Node | None = None,
     ) -> None:
         self.module = module
+        mark_no_grad(module.graph)
         self.storage = Storage(module.graph)
         self.table = table if table is not None else Table()
         self.outer = outer
         self.bindings = dict(bindings or {})
         self.call = call
+        self.replaced: dict[fx.Node, fx.Node] = {}
+        """Outputs of attentions that have been rewritten, with what stands in their place."""
         self.lifter = Lifter(self)
+
+    def current(self, node: fx.Node) -> fx.Node:
+        """The node, or what has taken its place."""
+        while node in self.replaced:
+            node = self.replaced[node]
+        return node
 
     def imported(self, scope: Scope, node: fx.Node) -> fx.Node:
         """A node of an enclosing scope as a placeholder here; where it is not one yet it becomes one more operand of the
@@ -200,6 +210,8 @@ class Lifter:
         if found is not None:
             self.offered += 1
             return self._score(found, index, claimant)
+        if cuts_gradient(node):
+            raise Unliftable("a gradient ends here")
         rule = RULES.get(packet(node))
         if rule is None:
             raise Unliftable(packet(node) or str(node.target))

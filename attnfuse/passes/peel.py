@@ -18,7 +18,7 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, regroup, same
 from attnfuse.passes.views import PERMUTATIONS, permutation
-from attnfuse.score import Call, Const, Expr, Program, Tier, Var, call, free_vars, loads, walk
+from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
 
 
 class Miss(Exception):
@@ -31,9 +31,13 @@ class Miss(Exception):
         self.facts: dict[str, object] = {**({"why": why} if why else {}), **facts}
 
 
-# The finite fills that are masks: finfo.min of the types that a softmax computes in.  float16's is within the reach of
-# scores of wider types, so it counts only where the scores are float16 themselves.
-_MINIMA: Final = tuple(torch.finfo(t).min for t in (torch.float32, torch.bfloat16, torch.float64))
+# The finite fills that are masks: finfo.min of the type of the scores; bfloat16's also where they were cast to float32 since.
+# float16's is not among them: scores move it, so that rows without an allowed key are not uniform.
+_MINIMA: Final = {
+    torch.float64: (torch.finfo(torch.float64).min,),
+    torch.float32: (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min),
+    torch.bfloat16: (torch.finfo(torch.bfloat16).min,),
+}
 
 
 def _fill(expr: Expr, dtype: torch.dtype) -> str:
@@ -42,8 +46,7 @@ def _fill(expr: Expr, dtype: torch.dtype) -> str:
         return ""
     if expr.value == float("-inf"):
         return "-inf"
-    own = torch.finfo(dtype).min
-    return "min" if expr.value == own or (expr.value in _MINIMA and expr.value >= own) else ""
+    return "min" if expr.value in _MINIMA.get(dtype, ()) else ""
 
 
 def _is_zero(expr: Expr) -> bool:
@@ -83,10 +86,29 @@ def program_of(expr: Expr, dtype: torch.dtype) -> Program:
         Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
     body, tiers = _peeled(expr, dtype)
+    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, dtype):
+        body, tiers = expr, []
     for e in walk(body):
         if isinstance(e, Const) and type(e.value) is float and not math.isfinite(e.value):
             raise Miss("AF024", None, f"a fill of {e.value} goes into further arithmetic")
     return Program(body, tuple(tiers))
+
+
+def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
+    """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and no data added that may
+    hold such values itself (a dense additive mask); data that is the same for all keys of a row masks none."""
+    fills = {e.value for e in walk(expr) if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
+    return len(fills) == 1 and not any("n" in free_vars(load) for load in _added_loads(body))
+
+
+def _added_loads(expr: Expr) -> list[Load]:
+    """The loads whose values, and not only whose truth, go into an expression."""
+    if isinstance(expr, Load):
+        return [expr]
+    if not isinstance(expr, Call) or expr.op in BOOLEANS:
+        return []
+    parts = expr.args[1:] if expr.op == "where" else expr.args
+    return [load for part in parts for load in _added_loads(part)]
 
 
 def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:

@@ -184,6 +184,8 @@ def recognise(scope: Scope, anchor: fx.Node) -> Site:
 
 def _from_softmax(scope: Scope, softmax: fx.Node) -> Site:
     source, n_dim = score_input(softmax)
+    if torch.finfo(fake(softmax).dtype).max < torch.finfo(fake(source).dtype).max:
+        raise Miss("AF024", softmax, f"the scores are rounded from {fake(source).dtype} to {fake(softmax).dtype}")
     sizes = shape(softmax)
     if len(sizes) < 2:
         raise Miss("AF020", softmax, f"a softmax over a tensor of {len(sizes)} dimensions")
@@ -281,7 +283,7 @@ def _assembled(
         leaf = scope.table.leaves[load.leaf].node
         if leaf in inside:
             raise Miss("AF024", leaf, f"{packet(leaf)} of all the scores goes into each")
-    q, k, v = (_shallowest(op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
+    q, k, v = (_shallowest(scope, op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
     seen = ("q@k.T", "softmax", *down.seen, "@v")
     return Site(
         scope,
@@ -373,14 +375,15 @@ def _heads_within(indices: Sequence[Sequence[Index]], program: Program, scope: S
     return max(strides, default=None)
 
 
-def _shallowest(operand: Operand, sizes: Sizes, role: str) -> Operand:
+def _shallowest(scope: Scope, operand: Operand, sizes: Sizes, role: str) -> Operand:
     """The operand itself, or what stands behind its views if that is smaller: `repeat_kv` and expands are never computed."""
     best = operand
     at = operand
     size = product(shape(operand.node))
     while True:
         step = through_view(at.node, at.index)
-        if step is None:
+        if step is None or (scope.storage.writes(at.node)):
+            # a copy that was written to is another tensor than its source
             break
         at = Operand(step[0], step[1], (*at.read, at.node))
         if layout(at, sizes, role) is not None and _smaller(product(shape(at.node)), size):
@@ -494,7 +497,7 @@ def _from_sdpa(scope: Scope, node: fx.Node) -> Site:
     k_index = (*key_batch, axes.keys, index_of(Var("d"), depth))
     v_index = (*key_batch, axes.keys, index_of(Var("e"), out[-1]))
     operands = [
-        _shallowest(Operand(x, broadcast(x, index), (node,)), sizes, role)
+        _shallowest(scope, Operand(x, broadcast(x, index), (node,)), sizes, role)
         for x, index, role in ((q, q_index, "q"), (k, k_index, "k"), (v, v_index, "v"))
     ]
     seen = (
@@ -539,10 +542,9 @@ def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool
         raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
     program = program_of(call("add", body, element), dtype)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
-    for load in loads(program.body):
-        if load.leaf in {x.leaf for x in loads(element)}:
-            # a dense mask may itself hold -inf
-            tiers.append(Tier(call("gt", load, Const(float("-inf"))), "0row"))
+    if any(fake(scope.table.leaves[x.leaf].node).dtype.is_floating_point for x in loads(element)):
+        # a dense mask may itself hold -inf; NaN stays NaN
+        tiers.append(Tier(call("ne", element, Const(float("-inf"))), "0row"))
     return Program(program.body, tuple(tiers))
 
 

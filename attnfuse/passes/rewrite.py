@@ -78,6 +78,7 @@ def insert(site: Site, what: Meaning, library: Call | None, check: Callable[[fx.
             raise
     new.meta = {**site.out.meta, "val": new.meta["val"]}
     site.out.replace_all_uses_with(new)
+    site.scope.replaced[site.out] = new
     _erase(graph, (*site.nodes, site.q.node, site.k.node, site.v.node, *_inputs(site)))
     return new
 
@@ -179,7 +180,7 @@ def _arranged(emit: Emitter, operand: Operand, site: Site, role: str) -> fx.Node
     """The operand as [B, heads, rows, depth]."""
     form = layout(operand, site.sizes, role)
     assert form is not None
-    node = operand.node
+    node = site.scope.current(operand.node)
     for dim in range(len(form.split) - 1, -1, -1):
         digits = form.split[dim]
         if not digits:
@@ -319,7 +320,9 @@ def _same_strides_as_contiguous(node: fx.Node) -> bool:
 
 def _leaf(emit: Emitter, source: LeafSource, scope: Scope) -> fx.Node:
     """The leaf's tensor in this scope, its dimensions of size 1 dropped."""
-    node = source.node if source.scope is scope else scope.imported(source.scope, source.node)
+    node = source.scope.current(source.node)
+    if source.scope is not scope:
+        node = scope.imported(source.scope, node)
     kept = set(source.dims)
     for dim in range(len(shape(source.node)) - 1, -1, -1):
         if dim not in kept:

@@ -18,13 +18,15 @@ from attnfuse import score
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
 from attnfuse.passes.views import VIEWS, through
-from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, call, free_vars, loads
+from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, call, free_vars, loads, walk
 from attnfuse.tiles import Env, interval
 
 if TYPE_CHECKING:
     from attnfuse.passes.lift import Claimant, Lifter
 
 _LOW_PRECISION: Final = (torch.float16, torch.bfloat16)
+_WIDE: Final = (torch.int64, torch.int32)
+"""Integer types in which positions do not wrap around."""
 
 
 @dataclass(frozen=True)
@@ -97,14 +99,23 @@ def as_float(expr: Expr) -> Expr:
 
 
 def rounded(expr: Expr, dtype: torch.dtype) -> Expr:
-    """Constants as they are after a cast to a low precision (finfo(float32).min is -inf in bfloat16)."""
-    if dtype not in _LOW_PRECISION:
-        return expr
+    """Constants as they are after a cast: rounded to a low precision, infinite beyond any type's range (finfo(float32).min is -inf
+    in bfloat16)."""
     if isinstance(expr, Const) and type(expr.value) is float:
-        return Const(float(torch.tensor(expr.value, dtype=torch.float64).to(dtype)))
+        cast = float(torch.tensor(expr.value, dtype=torch.float64).to(dtype))
+        return Const(cast) if dtype in _LOW_PRECISION or math.isinf(cast) else expr
     if isinstance(expr, Call) and expr.op == "where":
         return call("where", expr.args[0], *(rounded(a, dtype) for a in expr.args[1:]))
     return expr
+
+
+def _is_choice(expr: Expr) -> bool:
+    """Whether an expression is a choice, however nested, between constants."""
+    return (
+        isinstance(expr, Call)
+        and expr.op == "where"
+        and all(isinstance(a, Const) or _is_choice(a) for a in expr.args[1:])
+    )
 
 
 Rule = Callable[[At], Expr]
@@ -137,6 +148,8 @@ def _binary(at: At, op: str, a: Any, b: Any) -> Expr:
     if result == "bool":
         raise Unliftable("arithmetic on truth values")
     left, right = (converted(at.operand(x), kind(x), result) for x in (a, b))
+    if result == "int" and (at.dtype not in _WIDE or (at.dtype == torch.int32 and op == "mul")):
+        raise Unliftable(f"arithmetic in {at.dtype}, which may wrap around")
     return call(op, left, right)
 
 
@@ -309,6 +322,14 @@ def _cast(at: At) -> Expr:
     if fake(source).dtype == at.dtype:
         return at.lift(source)
     expr = converted(at.lift(source), kind(source), at.kind)
+    if not isinstance(expr, Const | Load) and not _is_choice(expr):
+        if at.kind == "int" and at.dtype not in _WIDE:
+            raise Unliftable(f"a cast to {at.dtype}, which may wrap around")
+        if at.dtype in _LOW_PRECISION and "s" not in free_vars(expr):
+            raise Unliftable(f"a value rounded to {at.dtype}")
+        greatest = torch.finfo(at.dtype).max if at.dtype in _LOW_PRECISION else math.inf
+        if any(isinstance(e, Const) and type(e.value) is float and abs(e.value) > greatest for e in walk(expr)):
+            raise Unliftable(f"a fill beyond the range of {at.dtype}")
     return at.lifter.collapsed(at.node, at.index, rounded(expr, at.dtype))
 
 
@@ -319,7 +340,8 @@ MOVES.update(("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift
 def _arange(at: At) -> Expr:
     args = at.args
     start, step = args.get("start") or 0, args.get("step") or 1
-    if any(isinstance(x, float) for x in (start, step)) or at.dtype in _LOW_PRECISION:
+    narrow = at.kind == "int" and at.dtype not in _WIDE
+    if any(isinstance(x, float) for x in (start, step)) or at.dtype in _LOW_PRECISION or narrow:
         raise Unliftable("a range of fractions or in low precision")
     offset = call("mul", value(at.index[0]), at.lifter.scalar(step))
     expr = call("add", offset, at.lifter.scalar(start))

@@ -5,13 +5,15 @@ That changes no value and no gradient.  Any other write stays as it is, and the 
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
 
 from attnfuse.passes.graph import Storage, aten, fake, is_tensor, packet
-from attnfuse.passes.rules import RULES
+
+_SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
+"""The arithmetic of scores; autocast leaves all of these alone."""
 
 
 def settle(graph: fx.Graph) -> int:
@@ -48,7 +50,7 @@ def _functional(node: fx.Node) -> Any | None:
     target = node.target
     if not isinstance(target, torch._ops.OpOverload) or not target._schema.is_mutable or not name.endswith("_"):
         return None
-    if name[:-1] not in RULES or name.startswith("__") or not node.args or not is_tensor(node.args[0]):
+    if name not in _SETTLED or not node.args or not is_tensor(node.args[0]):
         return None
     overload = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     source = node.args[0]
@@ -65,10 +67,8 @@ def _keeps_type(node: fx.Node, source: fx.Node) -> bool:
         if is_tensor(arg):
             assert isinstance(arg, fx.Node)
             other = fake(arg)
-            if other.dim() > own.dim() or (
-                other.dim() > 0 and torch.promote_types(own.dtype, other.dtype) != own.dtype
-            ):
+            if other.dim() > own.dim() or (other.dtype != torch.bool and torch.result_type(own, other) != own.dtype):
                 return False
-        elif isinstance(arg, float) and not own.dtype.is_floating_point:
+        elif isinstance(arg, int | float) and torch.result_type(own, arg) != own.dtype:
             return False
     return True

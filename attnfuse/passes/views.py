@@ -147,7 +147,7 @@ def through_view(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[
     """
     name = packet(node)
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not is_tensor(source):
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node) or cuts_gradient(node):
         return None
     if name in ("contiguous", "clone", "alias") or (name in ("to", "_to_copy", "type_as") and _same_kind(source, node)):
         return source, tuple(index)
@@ -157,6 +157,12 @@ def through_view(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[
         except Unliftable:
             return None
     return None
+
+
+def cuts_gradient(node: fx.Node) -> bool:
+    """Whether gradients end at the node because it is computed under no_grad, in a graph that is not under no_grad as a whole
+    (`graph.mark_no_grad`; fake values of a retrace do not say)."""
+    return node.meta.get("attnfuse_no_grad", False) and fake(node).dtype.is_floating_point
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:

@@ -66,6 +66,7 @@ _ARITHMETIC: Final[Mapping[str, Callable[..., float]]] = {
     "mul": lambda a, b: a * b,
     "div": lambda a, b: a / b,
     "neg": lambda a: -a,
+    "float": lambda a: a,
 }
 
 

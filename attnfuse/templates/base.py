@@ -23,6 +23,7 @@ class Target(NamedTuple):
         v_dtype: element type of v and of the output.
         training: whether gradients will be asked for.
         lse: whether the log-sum-exp is asked for too, as the operator does.
+        unit_stride: whether the last axes of q, k and v are dense, as far as known.
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
     """
 
@@ -31,6 +32,7 @@ class Target(NamedTuple):
     v_dtype: str = "f32"
     training: bool = False
     lse: bool = False
+    unit_stride: bool = True
     arch: str = ""
 
 

@@ -61,6 +61,8 @@ class Library:
                 reasons.append(f"dropout {spec.dropout} on cpu, its flash kernel takes 0")
             if shape.D != shape.Dv:
                 reasons.append(f"D {shape.D} and Dv {shape.Dv} on cpu, its flash kernel takes D = Dv")
+            if not target.unit_stride:
+                reasons.append("last axis of q, k or v not dense on cpu, its flash kernel takes a stride of 1")
         elif max(shape.D, shape.Dv) > 256:
             reasons.append(f"D {shape.D} and Dv {shape.Dv} on {target.device}, its fused kernels take up to 256")
         elif shape.H != shape.Hkv and target.dtype not in ("f16", "bf16"):
