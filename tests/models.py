@@ -108,14 +108,29 @@ def exact(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
 
 @contextmanager
 def gradient_scales(model: nn.Module) -> Iterator[dict[str, float]]:
-    """S of the numerics contract for the gradients of linear layers, by parameter name: the greatest sum of absolute terms.
+    """S of the numerics contract for the gradients of linear layers and norms, by parameter name: the greatest sum of absolute terms.
 
     Filled by the backward pass inside the context; other parameters have no entry.
     """
     scales: dict[str, float] = {}
     handles = []
     for name, module in model.named_modules():
-        if isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, nn.Parameter) and weight.dim() == 1:
+            # a norm: out = weight·x̂ + bias
+
+            def scaled(module: nn.Module, given: Any, out: Tensor, name: str = name) -> None:
+                bias = getattr(module, "bias", None)
+                unit = (out.detach() if bias is None else (out - bias).detach()) / module.weight.detach()
+
+                def terms(grad: Tensor) -> None:
+                    scales[f"{name}.weight"] = float((grad * unit).flatten(0, -2).abs().sum(0).max())
+                    scales[f"{name}.bias"] = float(grad.flatten(0, -2).abs().sum(0).max())
+
+                out.register_hook(terms)
+
+            handles.append(module.register_forward_hook(scaled))
+        elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
 
             def hook(module: nn.Module, given: Any, out: Tensor, name: str = name) -> None:
                 x = given[0].detach().flatten(0, -2).abs()

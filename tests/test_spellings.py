@@ -484,7 +484,7 @@ def addend_of_a_billion_is_arithmetic(q: Tensor, k: Tensor, v: Tensor) -> Tensor
     return (q @ k.mT + torch.where(causal(6, 6), 0.0, -1e9).to(q.dtype)).softmax(-1) @ v
 
 
-@spelling("bias: f32[:, :]; s + bias[n - m + 5, h] where n <= m else +min", given(randn(11, 4)))
+@spelling("bias: f32[:, :]; s + (bias[n - m + 5, h] + where(n > m, -3.4028234663852886e+38, 0.0))", given(randn(11, 4)))
 def bias_and_mask_in_one_sum(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
     at = torch.arange(6)
     bias = table[at - at[:, None] + 5].permute(2, 0, 1)[None]
@@ -492,7 +492,7 @@ def bias_and_mask_in_one_sum(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> 
     return (q @ k.mT + bias).softmax(-1) @ v
 
 
-@spelling("bias: f32[:, :, :]; s + bias[h, m, n] where n < m else +min", given(randn(4, 6, 6)))
+@spelling("bias: f32[:, :, :]; s + where(n >= m, -3.4028234663852886e+38, 0.0) + bias[h, m, n]", given(randn(4, 6, 6)))
 def bias_after_an_added_mask(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
     mask = torch.zeros(6, 6, dtype=q.dtype)
     mask = mask.masked_fill(torch.arange(6) >= torch.arange(6)[:, None], torch.finfo(q.dtype).min)
@@ -561,7 +561,7 @@ def everything_upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (((q.to(wide(q)) @ k.to(wide(q)).mT) * 0.5).softmax(-1) @ v.to(wide(q))).to(q.dtype)
 
 
-@spelling("s*0.5 where n < m + 1 else +min", given(dtype=torch.float16))
+@spelling("s*0.5 + where(n >= m + 1, -65504.0, 0.0)", given(dtype=torch.float16))
 def half_precision(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.full((6, 6), torch.finfo(q.dtype).min, dtype=q.dtype).triu(1)
     return torch.softmax((q @ k.mT) * 0.5 + mask, -1) @ v
@@ -1073,7 +1073,7 @@ def sdpa_with_a_mask_of_minima(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 
 
 @spelling(
-    "bias: f32[:, :, :]; s*0.5 + bias[h, m, n] where bias[h, m, n] > -inf else 0row",
+    "bias: f32[:, :, :]; s*0.5 + bias[h, m, n] where bias[h, m, n] != -inf else 0row",
     given(
         randn(1, 4, 6, 6).masked_fill(torch.rand(4, 6, 6, generator=torch.Generator().manual_seed(0)) < 0.4, -math.inf)
     ),
@@ -1083,7 +1083,7 @@ def sdpa_with_a_dense_addend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
-@spelling("bias: f32[:, :, :]; s*0.5 + bias[h, m, n] where bias[h, m, n] > -inf else 0row", given(randn(1, 4, 6, 6)))
+@spelling("bias: f32[:, :, :]; s*0.5 + bias[h, m, n] where bias[h, m, n] != -inf else 0row", given(randn(1, 4, 6, 6)))
 def sdpa_with_a_learned_addend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 

@@ -12,8 +12,8 @@ from torch import fx
 
 from attnfuse.passes.graph import Storage, aten, fake, is_tensor, packet
 
-_SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_")
-"""The arithmetic of scores; autocast leaves all of these alone."""
+_SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "triu_")
+"""The arithmetic of scores and masks; autocast leaves all of these alone."""
 
 
 def settle(graph: fx.Graph) -> int:

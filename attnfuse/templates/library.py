@@ -37,7 +37,8 @@ def call_for(spec: AttentionSpec) -> Call | None:
         return None
     scale = constant(form.scale)
     known = bounds(spec)
-    if scale is None or known not in (Bounds(), _CAUSAL):
+    if scale is None or known not in (Bounds(), _CAUSAL) or (known == _CAUSAL and not scale > 0):
+        # the library masks before it scales, so that a negative scale turns -inf round
         return None
     return Call(scale, known == _CAUSAL, spec.dropout)
 
