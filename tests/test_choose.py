@@ -173,6 +173,9 @@ def test_what_the_library_says(text: str, expected: Call | None) -> None:
 def test_the_library_call_is_right_at_every_size(body: str, mask: str, shape: Shape, seed: int) -> None:
     spec = parse_spec(body + mask)
     call = call_for(spec)
+    if body == "-s" and mask:
+        assert call is None  # the library masks before it scales
+        return
     assert call is not None
     hold_call_to_oracle(spec, call, shape, seed)
 
