@@ -75,7 +75,8 @@ class _Kind(NamedTuple):
     k: Sequence[int]
     v: Sequence[int]
     dtypes: tuple[torch.dtype, torch.dtype, torch.dtype]
-    leaves: tuple[tuple[torch.dtype, int], ...]
+    devices: tuple[torch.device, torch.device, torch.device]
+    leaves: tuple[tuple[torch.dtype, int, torch.device], ...]
     size_count: int
     has_seed: bool
     out_order: tuple[int, ...]
@@ -93,9 +94,10 @@ def _kind(
     out_order: Sequence[int],
     abi: int,
 ) -> _Kind:
-    kinds = tuple([(x.dtype, x.dim()) for x in leaves])
-    dtypes = (q.dtype, k.dtype, v.dtype)
-    return _Kind(spec, q.shape, k.shape, v.shape, dtypes, kinds, len(sizes), seed is not None, tuple(out_order), abi)
+    kinds = tuple([(x.dtype, x.dim(), x.device) for x in leaves])
+    dtypes, devices = (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
+    order = tuple(out_order)
+    return _Kind(spec, q.shape, k.shape, v.shape, dtypes, devices, kinds, len(sizes), seed is not None, order, abi)
 
 
 def _checked(kind: _Kind) -> AttentionSpec:
@@ -114,6 +116,10 @@ def _checked(kind: _Kind) -> AttentionSpec:
             raise ValueError(f"{name} is {dtype}: attention takes float16, bfloat16, float32 or float64; cast it first")
     if kind.dtypes[0] != kind.dtypes[1]:
         raise ValueError(f"q is {kind.dtypes[0]} and k {kind.dtypes[1]}: attention takes one type for both; cast one")
+    device = kind.devices[0]
+    for name, where in zip("kv", kind.devices[1:], strict=True):
+        if where != device:
+            raise ValueError(f"q is on {device} and {name} on {where}: move one")
     shapes = f"q {list(kind.q)}, k {list(kind.k)}, v {list(kind.v)}"
     for what, a, b in (
         ("batches of q and k", kind.q[0], kind.k[0]),
@@ -132,7 +138,9 @@ def _checked(kind: _Kind) -> AttentionSpec:
     spec = parse_spec(kind.text)
     if len(kind.leaves) != len(spec.leaves):
         raise ValueError(f"{len(kind.leaves)} leaves given, the score declares {len(spec.leaves)}: {spec}")
-    for leaf, (dtype, rank) in zip(spec.leaves, kind.leaves, strict=True):
+    for leaf, (dtype, rank, where) in zip(spec.leaves, kind.leaves, strict=True):
+        if where != device:
+            raise ValueError(f"q is on {device} and leaf {leaf.name} on {where}: move one")
         if _LEAF_DTYPES.get(dtype) != leaf.dtype or rank != leaf.rank:
             found = f"a {dtype} tensor of {rank} dimensions"
             raise ValueError(f"leaf {leaf.name} is {found}, the score declares {leaf}: cast or reshape it")

@@ -344,6 +344,15 @@ def test_layouts(text: str, layout: Callable[[Tensor], Tensor], order: tuple[int
     hold_to_oracle(call)
 
 
+@pytest.mark.parametrize("name", ["causal", "left padding", "alibi", "window"])
+def test_grouped_heads_where_the_kernel_does_not_take_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert flash_step.takes_groups(), "torch 2.11 to 2.13 take them; if a newer one does not, the plain step serves it"
+    monkeypatch.setattr(flash_step, "takes_groups", lambda: False)
+    monkeypatch.setattr(flash_step, "_FORWARD", None)
+    text, leaves = FAMILIES[name]
+    hold_to_oracle(made(text, SHAPES["grouped"], leaves(SHAPES["grouped"])))
+
+
 def test_types_of_values_differ_from_those_of_scores() -> None:
     for v_dtype in (torch.bfloat16, torch.float64):
         call = made("s*0.125 where n <= m else -inf", SHAPES["grouped"])

@@ -326,6 +326,14 @@ def test_attention_draws_its_seed_from_torch() -> None:
     assert not torch.equal(first, second)
 
 
+def test_operands_on_different_devices() -> None:
+    q, k, v = operands(grad=False)
+    with pytest.raises(ValueError, match="q is on cpu and v on meta: move one"):
+        attention(q, k, v.to("meta"), "s")
+    with pytest.raises(ValueError, match="q is on cpu and leaf pad on meta: move one"):
+        attention(q, k, v, "s where pad[b, n] else -inf", pad=pad().to("meta"))
+
+
 def test_errors_of_attention() -> None:
     q, k, v = operands(grad=False)
     with pytest.raises(ScoreSyntaxError, match="unknown name 'else'") as error:

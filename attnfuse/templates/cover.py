@@ -240,7 +240,7 @@ def _true_runs(allowed: Tensor) -> list[tuple[int, int, bool]]:
     return out
 
 
-@lru_cache(maxsize=1024)
+@lru_cache(maxsize=256)
 def index_rows(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> tuple[tuple[Segment, ...], Rows]:
     """All rows, and their bounds, where indices and sizes decide them within keys [lo, hi)."""
     ranges = ((0, 1), (0, shape.H), (0, shape.M), (0, 1))

@@ -8,7 +8,7 @@ one square for every value of its leaves is handed to the kernel as it is (`dire
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import lru_cache
+from functools import cache, lru_cache
 from typing import Final, NamedTuple
 
 import torch
@@ -49,11 +49,30 @@ def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     return _Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias))
 
 
+@cache
+def takes_groups() -> bool:
+    """Whether this torch's kernel reads KV head h // group for query head h, and sums their gradients; it is not documented."""
+    q = torch.linspace(-1, 1, 1 * 4 * 3 * 8).view(1, 4, 3, 8)
+    k, v = q[:, :2] * 0.5, q[:, 2:].flip(2)
+    expanded = [x.repeat_interleave(2, 1) for x in (k, v)]
+    try:
+        out, lse = _FORWARD(q, k, v)
+        grads = _BACKWARD(q, q, k, v, out, lse, 0.0, False)
+    except RuntimeError:
+        return False
+    same, same_lse = _FORWARD(q, *expanded)
+    dq, *dkv = _BACKWARD(q, q, *expanded, same, same_lse, 0.0, False)
+    expected = (same, same_lse, dq, *(x.view(1, 2, 2, 3, 8).sum(2) for x in dkv))
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip((out, lse, *grads), expected, strict=True))
+
+
+def _fits(inputs: Inputs) -> bool:
+    return inputs.q.dtype == inputs.v.dtype and (inputs.shape.H == inputs.shape.Hkv or takes_groups())
+
+
 def plan_for(inputs: Inputs) -> _Plan | None:
     """The score of a call that the kernel computes, else None."""
-    if inputs.q.dtype != inputs.v.dtype:
-        return None
-    return _plan(inputs.text, inputs.shape, inputs.sizes)
+    return _plan(inputs.text, inputs.shape, inputs.sizes) if _fits(inputs) else None
 
 
 def differentiates(grads: Gradients) -> bool:
@@ -264,7 +283,7 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
 def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     """out and lse by one call of the kernel, where that is the whole call."""
     found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or inputs.q.dtype != inputs.v.dtype:
+    if found is None or not _fits(inputs):
         return None
     q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
     out, lse = _FORWARD(q, k, v, 0.0, found.causal, scale=found.scale)
@@ -274,9 +293,7 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
 def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
     """The wanted gradients by one call of the kernel, where that is the whole call."""
     found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or inputs.q.dtype != inputs.v.dtype or cotangents.dlse is not None or any(cotangents.needs[3:]):
-        return None
-    if cotangents.dout is None:
+    if found is None or not _fits(inputs) or cotangents.dlse is not None or cotangents.dout is None:
         return None
     given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
     grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, scale=found.scale)
