@@ -150,6 +150,9 @@ Leaves = Callable[[Shape], tuple[Tensor, ...]]
 FAMILIES: dict[str, tuple[str, Leaves]] = {
     "full": ("s*0.125", lambda x: ()),
     "causal": ("s*0.125 where n <= m else -inf", lambda x: ()),
+    "negative scale": ("-s*0.125 where n <= m else -inf", lambda x: ()),
+    "no scale": ("s*0.0 where n <= m else -inf", lambda x: ()),
+    "negative scale, biased": ("n*0.01 - s where n <= m + 1 else -inf", lambda x: ()),
     "cross causal": ("s*0.125 where n <= m + N - M else -inf", lambda x: ()),
     "strictly causal": ("s*0.125 where n < m else +min", lambda x: ()),
     "window": ("s*0.125 where n <= m & n > m - 9 else +min", lambda x: ()),

@@ -497,6 +497,43 @@ def _seeded(gm: fx.GraphModule) -> fx.GraphModule:
     return gm
 
 
+@pytest.mark.parametrize("downstream", ["inductor", "inductor fallback_random", "aot_eager"])
+def test_recomputation_draws_the_mask_of_the_forward(downstream: str) -> None:
+    def backend(gm: fx.GraphModule, inputs: Any) -> Any:
+        gm = _seeded(gm)
+        if downstream == "aot_eager":
+            return aot_eager(gm, inputs)
+        return compile_fx(gm, inputs, config_patches={"fallback_random": "fallback" in downstream})
+
+    def layer(x: Tensor) -> Tensor:
+        return F.dropout(x.sin(), 0.5, training=True).exp()
+
+    def fn(x: Tensor) -> Tensor:
+        for _ in range(2):
+            x = torch.utils.checkpoint.checkpoint(layer, x, use_reentrant=False)
+        return x
+
+    torch._dynamo.reset()
+    compiled = torch.compile(fn, backend=backend)
+    steps = []
+    for _ in range(2):
+        drawn.clear()
+        x = torch.full((16, 16), 0.5, requires_grad=True)
+        out = compiled(x)
+        out.sum().backward()
+        (_, first), (_, second), *rest = drawn
+        # Which layer's forward has to run once more is the partitioner's choice.
+        assert {("backward", first), ("backward", second)} < set(rest)
+        assert set(rest) <= {(kind, seed) for kind in ("forward", "backward") for seed in (first, second)}
+        # d out / d x is zero where either layer dropped, and out is 1 = exp(0) where the second did.
+        assert x.grad is not None
+        kept = [torch.rand(x.shape, generator=torch.Generator().manual_seed(seed)) >= 0.5 for seed in (first, second)]
+        assert torch.equal(out != 1.0, kept[1])
+        assert torch.equal(x.grad != 0.0, kept[0] & kept[1])
+        steps += [first, second]
+    assert len(set(steps)) == 4, "each layer and each step has its own seed"
+
+
 # Caches
 
 
@@ -576,6 +613,31 @@ def test_every_attention_pattern_has_an_exp() -> None:
     files = sorted(patterns.glob("_sfdp_pattern_*.py"))
     assert len(files) >= 28
     assert [file.name for file in files if "aten.exp.default" not in file.read_text()] == []
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_attention_patterns_are_off_for_one_compilation(training: bool) -> None:
+    def fn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.transpose(-2, -1) / 4.0, -1) @ v
+
+    q, k, v = (torch.randn(2, 4, 8, 16, requires_grad=training) for _ in range(3))
+    fused = []
+    # With the patterns off in between, so that neither a cache nor what is left behind can hide the difference.
+    for patches in ({}, _without_attention_patterns(), {}):
+        torch._dynamo.reset()
+        counters.clear()
+        with mock.patch.dict(os.environ, {}):
+            compiled = torch.compile(
+                fn, backend=lambda gm, x, p=patches: compile_fx(normalise(gm), x, config_patches=p)
+            )
+        out = compiled(q, k, v)
+        torch.testing.assert_close(out, fn(q, k, v))
+        if training:
+            # what stands in the cache is forward and backward together
+            out.sum().backward()
+        misses = counters["aot_autograd"]["autograd_cache_miss"]
+        fused.append((counters["inductor"]["fuse_attention"] > 0, misses > 0))
+    assert fused == [(True, True), (False, True), (False, False)], "the third is the first's, from the cache"
 
 
 # When the rewritten graph fails

@@ -8,7 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.checkpoint import checkpoint
 
-from tests.harness import check
+from attnfuse.backend import listening
+from attnfuse.remark import Report
+from tests.harness import check, compare
 
 MIN = torch.finfo(torch.float32).min
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
@@ -145,3 +147,40 @@ def test_in_place_operations_beside_an_attention_keep_their_types() -> None:
         return (q @ k.mT).masked_fill(~CAUSAL, MIN).softmax(-1) @ v, flags, counts
 
     check(beside, *qkv(), gradients=False)
+
+
+@pytest.mark.parametrize("form", ["bert", "dense", "dense beside causal", "-1e9", "-1e9 beside causal"])
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_rows_whose_keys_all_carry_a_huge_bias(form: str, spelling: str, dtype: torch.dtype) -> None:
+    """Their log-sum-exp is finfo.min or -1e9 and has no digit left that tells the number of keys.
+
+    The gradients of both spellings are held against the written-out one's: the library's own CPU kernel takes each weight in
+    such a row for 1.
+    """
+
+    def added(q: Tensor, pad: Tensor) -> Tensor:
+        least = torch.finfo(dtype).min
+        n = torch.arange(6)
+        causal = torch.where(n[None] <= n[:, None], 0.0, least).to(q.dtype)
+        padding = (1.0 - pad.to(q.dtype))[:, None, None] * (-1e9 if form.startswith("-1e9") else least)
+        if form == "dense":
+            return padding.expand(2, 1, 6, 6).contiguous()
+        return padding + causal if form.endswith("causal") else padding
+
+    def written_out(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        return ((q @ k.mT * 0.5 + added(q, pad)).softmax(-1) @ v).contiguous()
+
+    def called(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, added(q, pad), scale=0.5).contiguous()
+
+    pad = torch.ones(2, 6, dtype=torch.int64)
+    pad[0] = 0
+    pad[1, :2] = 0
+    torch._dynamo.reset()
+    fn = written_out if spelling == "eager" else called
+    reports: list[Report] = []
+    with listening(reports.append):
+        compiled = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager"})
+        compare(written_out, compiled, *(x.to(dtype) for x in qkv()), pad)
+    assert [r.kind for report in reports for r in report.remarks] == ["fused"]

@@ -67,14 +67,13 @@ class Blocked:
         grads = Gradients(work, cotangents)
         if _nothing_to_do(inputs.shape):
             return grads.results()
-        flash = flash_step.differentiates(grads)
-        step = flash_step if flash else plain_step
         for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
                     rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
                     degenerate.backward(work, rows, grads)
                     continue
+                step = flash_step if flash_step.differentiates(grads, run, segment) else plain_step
                 for rows in step.backward(work, run, segment, grads):
                     degenerate.backward(work, rows, grads)
         grads.finish_sink()

@@ -75,8 +75,8 @@ def plan_for(inputs: Inputs) -> _Plan | None:
     return _plan(inputs.text, inputs.shape, inputs.sizes) if _fits(inputs) else None
 
 
-def differentiates(grads: Gradients) -> bool:
-    """Whether the kernel's backward gives the wanted gradients: it has none of lse and of its mask.
+def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
+    """Whether the kernel's backward gives the wanted gradients of a segment: it has none of lse and of its mask.
 
     It takes weights as exp(score - lse).  Where a bias makes lse large, they lose digits: all of them in a row whose keys all
     have -1e9 added.
@@ -86,8 +86,9 @@ def differentiates(grads: Gradients) -> bool:
     plan = plan_for(grads.work.inputs)
     if plan is None or plan.bias is None:
         return plan is not None
-    lse = grads.lse
-    most = lse.abs().masked_fill(lse <= torch.finfo(torch.float32).min, 0.0).max()
+    # a row without a key that a fill of `min` makes uniform is not the kernel's, but lse alone does not tell it from others
+    lse = grads.lse[run.b0 : run.b1, :, segment.m0 : segment.m1]
+    most = lse.masked_fill(lse == -torch.inf, 0.0).abs().max()
     return bool(most <= (_LSE_MOST if grads.out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
 
 
@@ -99,13 +100,16 @@ class _Span(NamedTuple):
     causal: bool
 
 
-def _spans(segment: Segment) -> tuple[_Span, ...] | None:
-    """The keys of a segment without a mask, where that can be said."""
+def _spans(segment: Segment, scale: float) -> tuple[_Span, ...] | None:
+    """The keys of a segment without a mask, where that can be said to the kernel."""
     m0, m1, first, last, down, right, exact = segment
     if not exact or (down and m1 - m0 > 1):
         return None
     if not right or m1 - m0 == 1:
         return (_Span(first, last, causal=False),)
+    if not scale > 0:
+        # the kernel scales the -inf that it puts above the diagonal
+        return None
     square = _Span(last - 1, last - 1 + m1 - m0, causal=True)
     return (square,) if first == square.n0 else (square, _Span(first, square.n0, causal=False))
 
@@ -134,7 +138,7 @@ class _Group(NamedTuple):
 
 def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
     rows = (segment.m0, segment.m1)
-    spans = _spans(segment)
+    spans = _spans(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
         yield _Group(rows, tuple(_Part((n0, n1), causal) for n0, n1, causal in spans))
         return
@@ -273,7 +277,7 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     if plan is None or plan.bias is not None or not free or 0 in shape or parse_spec(text).program.sink is not None:
         return None
     segments, _ = index_rows(text, shape, sizes, 0, shape.N)
-    spans = _spans(segments[0])
+    spans = _spans(segments[0], plan.scale)
     if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
         return None
     (n0, n1, causal) = spans[0]
