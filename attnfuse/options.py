@@ -33,6 +33,8 @@ class Options:
       dump: folder that receives the graph after each pass, as numbered readable files.
       verify: run each attention that was found against its replacement at compile time, at small sizes.
       autotune: search for the fastest tile sizes and keep them on disk.
+      inline_scores: up to how many scores a head (queries times keys) an attention of static size on the CPU is written out
+        for Inductor instead of becoming a kernel's call; 0 for none.
       inductor_attention_patterns: let Inductor's own attention patterns loose on the graphs that attnfuse has analysed.
       inductor: config patches for Inductor, those of `mode=` first.
 
@@ -46,6 +48,7 @@ class Options:
     dump: str | None = None
     verify: bool = False
     autotune: bool = False
+    inline_scores: int = 1 << 14
     inductor_attention_patterns: bool = False
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
     enabled: bool = True
@@ -81,6 +84,14 @@ def _boolean(name: str, value: object) -> bool:
     return value
 
 
+def _count(name: str, value: object) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 0:
+        raise OptionsError(
+            f"option {name!r} is {value!r} of type {type(value).__name__}; it takes an integer from 0 on"
+        )
+    return value
+
+
 def _downstream(name: str, value: object) -> object:
     known = get_args(Downstream)
     if value not in known:
@@ -105,6 +116,7 @@ _OWN: dict[str, Callable[[str, object], object]] = {
     "dump": _folder,
     "verify": _boolean,
     "autotune": _boolean,
+    "inline_scores": _count,
     "inductor_attention_patterns": _boolean,
 }
 

@@ -60,6 +60,12 @@ CODES: Final[dict[str, Code]] = {
         "It is provably what scaled_dot_product_attention computes for every size, and the library is faster here.",
         "Nothing to do.",
     ),
+    "AF011": Code(
+        "fused",
+        "it is small and written out for Inductor",
+        "It has so few scores that the call of a kernel would cost more than the memory traffic it saves.",
+        "Nothing to do; options={'inline_scores': 0} turns it into a kernel's call all the same.",
+    ),
     "AF020": Code(
         "missed",
         "no matmul that makes the scores was found above the softmax",

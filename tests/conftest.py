@@ -1,4 +1,5 @@
-"""What every test shares: own caches for each worker, one thread a worker, repeatable properties, strict backend."""
+"""What every test shares: own caches for each worker, one thread a worker, repeatable properties, a strict backend that makes
+operators of the small attentions of tests too."""
 
 import os
 import shutil
@@ -25,8 +26,14 @@ def pytest_unconfigure(config: pytest.Config) -> None:
     shutil.rmtree(_CACHES, ignore_errors=True)
 
 
+@pytest.fixture
+def small(request: pytest.FixtureRequest) -> str:
+    """What becomes of small attentions: "operator", or in tests parametrised with it "inline", as it is for users."""
+    return str(getattr(request, "param", "operator"))
+
+
 @pytest.fixture(autouse=True)
-def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, small: str) -> None:
     """An error inside attnfuse raises in every test, so that no fallback hides it, except in those marked `lenient`."""
     if request.node.get_closest_marker("lenient") is not None:
         return
@@ -35,6 +42,7 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     parse = Options.parse
 
     def strictly(mode: str | None = None, options: Mapping[str, object] | None = None) -> Options:
-        return parse(mode, {"strict": True, **(options or {})})
+        forced = {"strict": True} if small == "inline" else {"strict": True, "inline_scores": 0}
+        return parse(mode, {**forced, **(options or {})})
 
     monkeypatch.setattr(Options, "parse", strictly)

@@ -30,9 +30,10 @@ def chosen(text: str, target: Target = CPU, shape: Shape = SHAPE) -> str:
 
 
 def test_templates_are_named_and_ordered() -> None:
-    assert [template.name for template in TEMPLATES] == ["library", "blocked"]
+    assert [template.name for template in TEMPLATES] == ["library", "inline", "blocked"]
     assert not isinstance(TEMPLATES[0], Kernel), "the library template is a node of the graph"
-    assert isinstance(TEMPLATES[1], Kernel)
+    assert not isinstance(TEMPLATES[1], Kernel), "the inline template is nodes of the graph"
+    assert isinstance(TEMPLATES[2], Kernel)
     assert isinstance(Dense(), Kernel)
 
 

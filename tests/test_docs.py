@@ -61,7 +61,15 @@ def test_the_report_in_the_readme_is_what_its_code_prints(capsys: pytest.Capture
 
 def test_every_option_is_in_the_readme_or_its_docstring() -> None:
     named = set(re.findall(r'options=\{"(\w+)"', README + DESIGN))
-    assert named <= {"strict", "downstream", "dump", "verify", "autotune", "inductor_attention_patterns"}
+    assert named <= {
+        "strict",
+        "downstream",
+        "dump",
+        "verify",
+        "autotune",
+        "inline_scores",
+        "inductor_attention_patterns",
+    }
     for option in named:
         assert hasattr(Options(), option)
 

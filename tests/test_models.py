@@ -15,6 +15,8 @@ from attnfuse.remark import Report
 from tests import models
 from tests.numerics import assert_close
 
+pytestmark = pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
+
 IMPLEMENTATIONS = ("eager", "sdpa")
 CAUSAL = {
     "llama": "n <= m",

@@ -27,6 +27,7 @@ def test_defaults() -> None:
         dump=None,
         verify=False,
         autotune=False,
+        inline_scores=1 << 14,
         inductor_attention_patterns=False,
         inductor={},
         enabled=True,
@@ -43,6 +44,7 @@ def test_own_keys_are_taken_and_kept_from_inductor(tmp_path: Path) -> None:
             "dump": tmp_path,
             "verify": True,
             "autotune": True,
+            "inline_scores": 64,
             "inductor-attention-patterns": True,
         },
     )
@@ -52,6 +54,7 @@ def test_own_keys_are_taken_and_kept_from_inductor(tmp_path: Path) -> None:
         dump=str(tmp_path),
         verify=True,
         autotune=True,
+        inline_scores=64,
         inductor_attention_patterns=True,
     )
 
@@ -99,6 +102,11 @@ def test_options_are_hashable_and_equal_by_value() -> None:
     assert one == other
     assert hash(one) == hash(other)
     assert one != Options.parse(None, {"strict": True})
+
+
+@pytest.mark.parametrize("value", [-1, True, 1.0, "64"])
+def test_inline_scores_is_a_count(value: object) -> None:
+    assert repr(value) in refused(options={"inline_scores": value})
 
 
 def test_unknown_mode() -> None:

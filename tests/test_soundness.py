@@ -12,6 +12,8 @@ from attnfuse.backend import listening
 from attnfuse.remark import Report
 from tests.harness import check, compare
 
+pytestmark = pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
+
 MIN = torch.finfo(torch.float32).min
 CAUSAL = torch.ones(6, 6, dtype=torch.bool).tril()
 

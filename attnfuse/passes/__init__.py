@@ -2,7 +2,8 @@
 
     normalise   one spelling for each operation
     recognise   each softmax and SDPA call becomes a `Site`, or a remark that says what stopped it (uses peel and lift)
-    rewrite     each site becomes `attnfuse::attention`, or a plain SDPA call where that is provably the same and better
+    rewrite     each site becomes `attnfuse::attention`, a plain SDPA call where that is provably the same and better, or
+                plain operators where it is small
 
 `run` goes through `PIPELINE`; a pass that raises costs its own site or graph, never the user's program.
 """
@@ -103,11 +104,11 @@ PIPELINE: Final[tuple[Callable[[Work], None], ...]] = (normalised, recognised, r
 
 
 def _rewrite(work: Work, site: Site) -> Remark:
-    chosen = decide(site)
+    chosen = decide(site, work.options.inline_scores)
     if isinstance(chosen, Remark):
         return chosen
     facts = dict(chosen.remark.facts)
-    insert(site, chosen.meaning, chosen.library, checker(site, chosen.meaning, facts) if work.options.verify else None)
+    insert(site, chosen.meaning, chosen.form, checker(site, chosen.meaning, facts) if work.options.verify else None)
     work.fused += 1
     return replace(chosen.remark, facts=facts)
 

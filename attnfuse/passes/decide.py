@@ -1,10 +1,11 @@
-"""What takes a site's place: nothing (kept, declined), a plain scaled_dot_product_attention node, or the operator.
+"""What takes a site's place: nothing (kept, declined), a plain scaled_dot_product_attention node, plain operators, or ours.
 
 The passes ask `templates.choose` with the sizes of this compile; the operator asks again with the real ones.
 """
 
 from __future__ import annotations
 
+import dataclasses
 from dataclasses import dataclass
 
 import torch
@@ -17,23 +18,28 @@ from attnfuse.remark import Remark
 from attnfuse.score import loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Refusal, choose
+from attnfuse.templates.inline import Inline
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
 
 @dataclass(frozen=True)
 class Replacement:
-    """A site's meaning, the library call that serves it (None: the operator does) and the remark about it."""
+    """A site's meaning, what serves it (None: the operator `attnfuse::attention`) and the remark about it."""
 
     meaning: Meaning
-    library: Call | None
+    form: Call | Inline | None
     remark: Remark
 
 
-def decide(site: Site) -> Replacement | Remark:
-    """The replacement, or the remark of a site that stays as it is.  Raises Miss."""
+def decide(site: Site, inline_scores: int) -> Replacement | Remark:
+    """The replacement, or the remark of a site that stays as it is.  Raises Miss.
+
+    Args:
+        inline_scores: see `Options`.
+    """
     what = meaning(site)
-    target = _target(site)
+    target = _target(site, what, inline_scores)
     choice = choose(what.spec, what.shape, target)
     where = {"module": module_path(site.anchor), "source": source_line(site.anchor), "score": str(what.spec.program)}
     facts: dict[str, object] = {
@@ -48,16 +54,18 @@ def decide(site: Site) -> Replacement | Remark:
         facts["notes"] = notes
     if isinstance(choice, Refusal):
         return Remark.of("AF030", **where, reasons=dict(choice.reasons), **facts)  # type: ignore[arg-type]
-    library = call_for(what.spec) if isinstance(choice.template, Library) else None
-    if library is not None and site.is_sdpa and _is_plain(site):
-        return Remark.of("AF001", **where, template=choice.template.name, **facts)  # type: ignore[arg-type]
+    template = choice.template
+    form = call_for(what.spec) if isinstance(template, Library) else template if isinstance(template, Inline) else None
+    if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
+        return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
     facts["tiles_skipped"] = round(tiles_skipped(what.spec, what.shape, *choice.tiles), 4)
-    remark = Remark.of("AF010" if library is not None else "AF000", **where, template=choice.template.name, **facts)  # type: ignore[arg-type]
-    return Replacement(what, library, remark)
+    code = "AF010" if isinstance(form, Call) else "AF011" if isinstance(form, Inline) else "AF000"
+    return Replacement(what, form, Remark.of(code, **where, template=template.name, **facts))  # type: ignore[arg-type]
 
 
-def _target(site: Site) -> Target:
+def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
     q = fake(site.q.node)
+    static = not what.sizes and all(isinstance(size, int) for size in dataclasses.astuple(site.sizes))
     outermost = site.scope
     while outermost.outer is not None:
         outermost = outermost.outer
@@ -68,6 +76,7 @@ def _target(site: Site) -> Target:
         dtype=SHORT_DTYPES[site.dtype],
         v_dtype=SHORT_DTYPES[fake(site.out).dtype],
         training=training,
+        inline_scores=inline_scores if static else 0,
     )
 
 

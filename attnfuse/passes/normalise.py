@@ -122,7 +122,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
             fake_mode.epoch += 1
             try:
-                return _Retrace(fake_mode, recall=True).trace(gm)
+                return _Retrace(fake_mode, recall=not _outdates(gm)).trace(gm)
             except _OutdatedError:
                 return _Retrace(fake_mode, recall=False).trace(gm)
     except NormaliseError:
@@ -520,9 +520,19 @@ class _Replay(fx.Interpreter):
         return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
 
 
+def _outdates(gm: fx.GraphModule) -> bool:
+    """Whether something in the graph or in a body says by its name that it outdates what Dynamo recorded."""
+    bodies = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
+    return any(_name(n) in _METADATA_WRITES - {"requires_grad_"} for body in bodies for n in body.graph.nodes)
+
+
 def _refuse(gm: fx.GraphModule) -> None:
     """Raise for what is known to be lost or changed by a retrace, in the graph or in a body."""
+    # Their records show them as they are at the end, and nothing computes them anew. An in-place operator returns the same tensor.
+    fixed: set[int] = set()
     for node in gm.graph.nodes:
+        if node.op == "placeholder" or isinstance(node.target, HigherOrderOperator):
+            fixed.update(id(x) for x in pytree.tree_leaves(_recorded(node)) if isinstance(x, torch.Tensor))
         for value in pytree.tree_leaves(_recorded(node)):
             if isinstance(value, torch.Tensor) and (is_traceable_wrapper_subclass(value) or value.is_nested):
                 raise NormaliseError(f"`{node}` is a {type(value).__name__}", code="AF042")
@@ -535,8 +545,9 @@ def _refuse(gm: fx.GraphModule) -> None:
             raise NormaliseError(f"`{node}` is part of a function transform")
         elif name in _STORAGE_WRITES:
             raise NormaliseError(f"`{node}` changes the storage of a tensor")
-        elif name in _METADATA_WRITES and node.args and getattr(node.args[0], "op", None) == "placeholder":
-            raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
+        elif name in _METADATA_WRITES and node.args and isinstance(source := node.args[0], fx.Node):
+            if source.op == "placeholder" or id(_recorded(source)) in fixed:
+                raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
 
 
 def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:

@@ -1,5 +1,5 @@
-"""Putting the operator in: a `Site` becomes `attnfuse::attention`, or a plain scaled_dot_product_attention where that is
-provably the same for all sizes and the better choice.
+"""Putting the replacement in: a `Site` becomes `attnfuse::attention`, a plain scaled_dot_product_attention where that is
+provably the same for all sizes and the better choice, or plain operators where it is small.
 
 The new nodes stand right before the value matmul.  The output has the strides of the node that it replaces, unless the next
 operation makes a contiguous copy anyway.
@@ -8,12 +8,14 @@ operation makes a contiguous copy anyway.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
-from torch import fx
+from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.amp import autocast_mode
+from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse import ops
 from attnfuse.passes.graph import aten, fake, packet, shape
@@ -23,6 +25,8 @@ from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.passes.views import PERMUTATIONS, permutation
+from attnfuse.spec import AttentionSpec
+from attnfuse.templates.inline import Inline, written_out
 from attnfuse.templates.library import Call
 
 _AXES: Final = ("b", "h", "m", "e")
@@ -43,6 +47,21 @@ class Emitter:
         values = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
         with self.mode, torch.no_grad(), _no_autocast():
             node.meta["val"] = target(*values[0], **values[1])
+        return self._attributed(node)
+
+    def bare(self, target: Any, *args: Any) -> fx.Node:
+        """A node without a value."""
+        node = self.graph.create_node("call_function", target, args)
+        node.meta["val"] = None
+        return self._attributed(node)
+
+    def copy(self, node: fx.Node, given: Mapping[fx.Node, fx.Node]) -> fx.Node:
+        """A node of another graph that was traced on the same fake tensors."""
+        new = self.graph.node_copy(node, given.__getitem__)
+        new.meta = {"val": node.meta["val"]}
+        return self._attributed(new)
+
+    def _attributed(self, node: fx.Node) -> fx.Node:
         for key in ("stack_trace", "nn_module_stack", "source_fn_stack", "custom", "seq_nr"):
             if key in self.site.out.meta:
                 node.meta[key] = self.site.out.meta[key]
@@ -53,11 +72,13 @@ def _no_autocast() -> torch._C._DisableAutocast:
     return torch._C._DisableAutocast()
 
 
-def insert(site: Site, what: Meaning, library: Call | None, check: Callable[[fx.Node], None] | None = None) -> fx.Node:
+def insert(
+    site: Site, what: Meaning, form: Call | Inline | None, check: Callable[[fx.Node], None] | None = None
+) -> fx.Node:
     """Writes the new nodes and makes the users of the old output read the new one.
 
     Args:
-        library: the scaled_dot_product_attention call to emit instead of the operator.
+        form: the scaled_dot_product_attention call, or plain operators, to emit instead of `attnfuse::attention`.
         check: looks at the new output while the old one still stands; what it raises takes the new nodes out again.
 
     Raises:
@@ -68,7 +89,7 @@ def insert(site: Site, what: Meaning, library: Call | None, check: Callable[[fx.
     with graph.inserting_before(site.out):
         emit = Emitter(site)
         try:
-            new = _emit(emit, site, what, library)
+            new = _emit(emit, site, what, form)
             if check is not None:
                 check(new)
         except Exception:
@@ -88,7 +109,7 @@ def _inputs(site: Site) -> Iterable[fx.Node]:
         yield from node.all_input_nodes
 
 
-def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.Node:
+def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) -> fx.Node:
     q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
     k, v = _with_same_heads(emit, k, v, site)
     q, k, v = (_cast(emit, x, dtype) for x, dtype in ((q, site.dtype), (k, site.dtype), (v, fake(site.out).dtype)))
@@ -96,7 +117,11 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
     # the backward reads the output: what the model writes to is a copy
     written = bool(site.scope.storage.writes(site.out))
     free = None if written else _is_made_contiguous(site.out)
-    if library is not None:
+    if isinstance(form, Inline):
+        leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
+        out = _written_out(emit, what.spec, [q, k, v, *leaves])
+        placed = _like_original(emit, out, site, order, free)
+    elif form is not None:
         grouped = not same(shape(q)[1], shape(k)[1])
         out = emit(
             aten.scaled_dot_product_attention.default,
@@ -105,15 +130,11 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
             v,
             None,
             site.dropout,
-            library.is_causal,
-            scale=library.scale,
+            form.is_causal,
+            scale=form.scale,
             enable_gqa=grouped,
         )
-        placed = _placed(emit, out, site)
-        if not _same_strides(placed, site.out) and not free:
-            other = placed
-            placed = _placed(emit, _stored(emit, out, order), site)
-            _erase(emit.graph, [other])
+        placed = _like_original(emit, out, site, order, free)
     else:
         leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
         sizes = [_number(expr, scope, node, site.scope) for expr, scope, node in what.sizes]
@@ -134,6 +155,40 @@ def _emit(emit: Emitter, site: Site, what: Meaning, library: Call | None) -> fx.
     if fake(placed).dtype != fake(site.out).dtype or not all(map(same, shape(placed), shape(site.out))):
         raise AssertionError(f"the replacement is {fake(placed)}, the original {fake(site.out)}")
     return placed
+
+
+def _like_original(
+    emit: Emitter, out: fx.Node, site: Site, order: Sequence[int], free: tuple[int, ...] | None
+) -> fx.Node:
+    """[B, H, M, Dv] with the dimensions of the original output, copied where its strides could not be had otherwise."""
+    placed = _placed(emit, out, site)
+    if free or _same_strides(placed, site.out):
+        return placed
+    copied = _placed(emit, _stored(emit, out, order), site)
+    _erase(emit.graph, [placed])
+    return copied
+
+
+def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node]) -> fx.Node:
+    """The nodes of `inline.written_out`, in a region without autocast."""
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
+        return written_out(spec, q, k, v, leaves)
+
+    with emit.mode, torch.no_grad(), _no_autocast():
+        traced = make_fx(attention, pre_dispatch=True)(*(node.meta["val"] for node in operands))
+    traced.graph.eliminate_dead_code()
+    given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
+    region = emit.bare(autocast_mode._enter_autocast, fake(operands[0]).device.type, None, False, None)
+    (out,) = traced.graph.output_node().args
+    for node in traced.graph.nodes:
+        if node.op == "call_function":
+            given[node] = emit.copy(node, given)
+        elif node.op not in ("placeholder", "output"):
+            raise AssertionError(f"{node.format_node()} in the trace of {spec}")
+    emit.bare(autocast_mode._exit_autocast, region)
+    result: fx.Node = given[out]
+    return result
 
 
 def _with_same_heads(emit: Emitter, k: fx.Node, v: fx.Node, site: Site) -> tuple[fx.Node, fx.Node]:

@@ -7,6 +7,7 @@ from typing import Final
 
 from attnfuse.templates.base import Template
 from attnfuse.templates.blocked import Blocked
+from attnfuse.templates.inline import Inline
 from attnfuse.templates.library import Library
 
-TEMPLATES: Final[tuple[Template, ...]] = (Library(), Blocked())
+TEMPLATES: Final[tuple[Template, ...]] = (Library(), Inline(), Blocked())

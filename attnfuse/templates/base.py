@@ -25,6 +25,8 @@ class Target(NamedTuple):
         lse: whether the log-sum-exp is asked for too, as the operator does.
         unit_stride: whether the last axes of q, k and v are dense, as far as known.
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
+        inline_scores: up to how many scores a head (M·N) an attention may be written out; 0 where it may not, as where sizes
+            are symbolic.
     """
 
     device: str
@@ -34,6 +36,7 @@ class Target(NamedTuple):
     lse: bool = False
     unit_stride: bool = True
     arch: str = ""
+    inline_scores: int = 0
 
 
 class Tiles(NamedTuple):

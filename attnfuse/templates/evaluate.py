@@ -65,16 +65,17 @@ class _Step:
 
 
 class Evaluator:
-    """Some expressions of one spec, compiled together."""
+    """Some expressions of one spec, compiled together; a `pure` one never writes into the memory of `s`."""
 
-    def __init__(self, spec: AttentionSpec, exprs: Sequence[Expr]) -> None:
+    def __init__(self, spec: AttentionSpec, exprs: Sequence[Expr], *, pure: bool = False) -> None:
         self._spec = spec
         self._steps: list[_Step] = []
         self._registers: dict[Expr, int] = {}
         self._fresh: set[int] = set()
         self._s = -1
         self._outputs = [self._compile(e) for e in exprs]
-        self._reuse_memory()
+        if not pure:
+            self._reuse_memory()
 
     def __call__(self, block: Block, s: Tensor | None = None) -> list[Value]:
         """The values of the expressions, in order; one of them may be `s`, and the memory of `s` may be overwritten."""
@@ -157,7 +158,8 @@ def axes_of(load: Load) -> tuple[int, ...] | None:
 
 def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Value]:
     order = sorted(range(len(dims)), key=lambda i: dims[i])
-    missing = [dim for dim in range(4) if dim not in dims]
+    in_order = order == list(range(len(dims)))
+    placed = tuple(slice(None) if dim in dims else None for dim in range(4))
 
     def run(block: Block) -> Value:
         x = block.leaves[leaf]
@@ -167,10 +169,8 @@ def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Val
                 return _read(block, leaf, kind, *(block.index(dim) for dim in dims))
             if last - first < x.shape[at]:
                 x = x.narrow(at, first, last - first)
-        x = x.permute(order)
-        for dim in missing:
-            x = x.unsqueeze(dim)
-        return _element(x, block, kind)
+        x = x if in_order else x.permute(order)
+        return _element(x[placed], block, kind)
 
     return run
 
@@ -186,7 +186,7 @@ def _element(x: Tensor, block: Block, kind: str) -> Tensor:
 def clamped(x: Tensor, indices: Sequence[Value]) -> tuple[Tensor, ...]:
     """Indices as int64 tensors inside `x`."""
     return tuple(
-        (i.long() if isinstance(i, Tensor) else torch.tensor(int(i), device=x.device)).clamp(0, max(size - 1, 0))
+        (i.long() if isinstance(i, Tensor) else _scalar(int(i), torch.int64, x.device)).clamp(0, max(size - 1, 0))
         for i, size in zip(indices, x.shape, strict=True)
     )
 
@@ -205,7 +205,12 @@ def _floating(x: Value, dtype: torch.dtype) -> Value:
 
 
 def _tensor(x: Value, block: Block) -> Tensor:
-    return x if isinstance(x, Tensor) else torch.tensor(x, dtype=block.dtype, device=block.device)
+    return x if isinstance(x, Tensor) else _scalar(x, block.dtype, block.device)
+
+
+def _scalar(x: float, dtype: torch.dtype, device: torch.device) -> Tensor:
+    # torch.tensor would be a constant of the graph where the evaluation is traced
+    return torch.full((), x, dtype=dtype, device=device)
 
 
 def _operation(op: str, types: Sequence[str], result: str) -> Callable[..., Value]:
@@ -258,7 +263,7 @@ def _extremum(op: str, floating: bool) -> Callable[..., Value]:
             return numbers(a, b)
         known = a if isinstance(a, Tensor) else b
         assert isinstance(known, Tensor)
-        a, b = (x if isinstance(x, Tensor) else torch.tensor(x, dtype=known.dtype, device=known.device) for x in (a, b))
+        a, b = (x if isinstance(x, Tensor) else _scalar(x, known.dtype, known.device) for x in (a, b))
         return function(a, b)
 
     return run

@@ -2,7 +2,7 @@
 
 A segment whose rows all start at one key is a rectangle, a causal square, or one beside the other, merged by their
 log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask.  A call that is one rectangle or
-one square for every value of its leaves is handed to the kernel as it is (`direct`, `direct_backward`).
+one square, all its keys being real ones, is handed to the kernel as it is (`direct`, `direct_backward`).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Run, Segment, columns_of, index_rows, mask_of, named_sizes
+from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of, named_sizes
 from attnfuse.templates.evaluate import Evaluator, varies
 from attnfuse.templates.plain_step import Rows
 from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
@@ -264,16 +264,19 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
 
 
 class _Direct(NamedTuple):
+    """One call of the kernel; `padded`: only where the conditions on (b, n) hold for every key."""
+
     scale: float
     causal: bool
+    padded: bool
 
 
 @lru_cache(maxsize=1024)
 def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
-    """How one call of the kernel serves every call of these sizes, if it does."""
+    """How one call of the kernel serves calls of these sizes, if it does."""
     mask = mask_of(text)
     plan = _plan(text, shape, sizes)
-    free = not (mask.padding or mask.starts or mask.ends or mask.by_batch) and mask.from_indices
+    free = not (mask.starts or mask.ends or mask.by_batch) and mask.from_indices
     if plan is None or plan.bias is not None or not free or 0 in shape or parse_spec(text).program.sink is not None:
         return None
     segments, _ = index_rows(text, shape, sizes, 0, shape.N)
@@ -281,13 +284,25 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
         return None
     (n0, n1, causal) = spans[0]
-    return _Direct(plan.scale, causal) if n0 == 0 and (causal or n1 == shape.N) else None
+    return _Direct(plan.scale, causal, bool(mask.padding)) if n0 == 0 and (causal or n1 == shape.N) else None
+
+
+def _serves(inputs: Inputs) -> _Direct | None:
+    found = _direct(inputs.text, inputs.shape, inputs.sizes)
+    if found is None or not _fits(inputs):
+        return None
+    if found.padded:
+        block = block_of(inputs, (0, inputs.shape.B), (0, 1), (0, 1), (0, inputs.shape.N))
+        for value in mask_of(inputs.text).padding_of(block):
+            if not (bool(value.all()) if isinstance(value, Tensor) else value):
+                return None
+    return found
 
 
 def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     """out and lse by one call of the kernel, where that is the whole call."""
-    found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or not _fits(inputs):
+    found = _serves(inputs)
+    if found is None:
         return None
     q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
     out, lse = _FORWARD(q, k, v, 0.0, found.causal, scale=found.scale)
@@ -296,9 +311,10 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
 
 def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
     """The wanted gradients by one call of the kernel, where that is the whole call."""
-    found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or not _fits(inputs) or cotangents.dlse is not None or cotangents.dout is None:
+    found = None if cotangents.dlse is not None or cotangents.dout is None else _serves(inputs)
+    if found is None:
         return None
+    assert cotangents.dout is not None
     given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
     grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, scale=found.scale)
     return [

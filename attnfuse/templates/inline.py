@@ -1,0 +1,103 @@
+"""Small attentions written out as plain operators, which Inductor fuses with what stands around them.
+
+The passes emit the nodes of `written_out` instead of the operator.  Below some ten thousand scores a head a call of any kernel
+costs more than the memory traffic that it saves.  `Inline` never runs in the operator.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import lru_cache
+from typing import Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.templates.base import Target, Tiles
+from attnfuse.templates.evaluate import Block, Evaluator, Value
+
+_MIN: Final = torch.finfo(torch.float32).min
+
+
+class Inline:
+    """Matrix products and a softmax; no key is skipped."""
+
+    name = "inline"
+
+    def reasons_against(self, spec: AttentionSpec, shape: Shape, target: Target) -> tuple[str, ...]:
+        """More scores than `target.inline_scores`, dropout, sinks, other devices than the CPU."""
+        reasons = []
+        if shape.M * shape.N > target.inline_scores:
+            reasons.append(f"{shape.M * shape.N} scores a head, written out up to {target.inline_scores}")
+        if target.device != "cpu":
+            reasons.append(f"device {target.device}, written out on cpu")
+        if target.lse:
+            reasons.append("lse asked for, the nodes give none")
+        if spec.dropout:
+            reasons.append(f"dropout {spec.dropout}, written out without")
+        if spec.program.sink is not None:
+            reasons.append("a sink, written out without")
+        return tuple(reasons)
+
+    def tiles(self, spec: AttentionSpec, shape: Shape, target: Target) -> Tiles:
+        """One tile."""
+        return Tiles(max(1, shape.M), max(1, shape.N))
+
+
+class _Compiled(NamedTuple):
+    body: Evaluator
+    allowed: Evaluator
+
+
+@lru_cache(maxsize=1024)
+def _compiled(text: str) -> _Compiled:
+    spec = parse_spec(text)
+    tiers = [tier.allowed for tier in spec.program.tiers]
+    return _Compiled(Evaluator(spec, [spec.program.body], pure=True), Evaluator(spec, tiers, pure=True))
+
+
+def written_out(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+    """The attention in plain operators, none of them in place.
+
+    Args:
+        q: [B, H, M, D].
+        k: [B, Hkv, N, D]; query heads of one KV head are folded into rows, k and v are not expanded.
+        v: [B, Hkv, N, Dv].
+        leaves: the tensors of `spec.leaves`.
+
+    Returns:
+        [B, H, M, Dv] in v's type; scores and softmax are fp32 (fp64 where q is).
+    """
+    B, H, M, D = q.shape
+    Hkv, N = k.shape[1:3]
+    dtype = torch.promote_types(q.dtype, torch.float32)
+    rows = H // Hkv * M
+    scores = (q.reshape(B, Hkv, rows, D).to(dtype) @ k.to(dtype).mT).view(B, H, M, N)
+    sizes = {"B": B, "H": H, "Hkv": Hkv, "M": M, "N": N}
+    named = {leaf.name: x for leaf, x in zip(spec.leaves, leaves, strict=True)}
+    block = Block(named, sizes, ((0, B), (0, H), (0, M), (0, N)), q.device, dtype)
+    compiled = _compiled(str(spec))
+    x = _cells(compiled.body(block, scores)[0], scores).to(dtype)
+    if x.shape != scores.shape:
+        x = x.expand(scores.shape)
+    fills = [tier.fill for tier in spec.program.tiers]
+    for fill, value in zip(fills, compiled.allowed(block), strict=True):
+        allowed = _cells(value, scores, torch.bool)
+        if fill == "+min":
+            # added, so that the score keeps its gradient where a whole row is masked
+            x = x + torch.where(allowed, 0.0, _MIN)
+        else:
+            x = torch.where(allowed, x, _MIN if fill == "=min" else -torch.inf)
+    if "0row" in fills:
+        empty = (x == -torch.inf).all(-1, keepdim=True)
+        weights = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, x), -1))
+    else:
+        weights = torch.softmax(x, -1)
+    return (weights.to(v.dtype).reshape(B, Hkv, rows, N) @ v).view(B, H, M, v.shape[3])
+
+
+def _cells(value: Value, scores: Tensor, dtype: torch.dtype | None = None) -> Tensor:
+    if isinstance(value, Tensor):
+        return value
+    return torch.full((1, 1, 1, 1), value, dtype=dtype or scores.dtype, device=scores.device)

@@ -1,0 +1,107 @@
+"""Small attentions written out: against the oracle, where they are taken, and what the graph then holds."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import assume, given, settings
+from torch import Tensor
+from torch.nn import functional as F
+
+from attnfuse.spec import Shape, parse_spec
+from attnfuse.templates.inline import written_out
+from tests.harness import check, qkv, report_of
+from tests.strategies import Case, cases
+from tests.test_blocked import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, made, values_of
+
+WRITTEN_OUT = {
+    name: family for name, family in FAMILIES.items() if "sink" not in family[0] and "dropout" not in family[0]
+}
+
+
+class _WrittenOut(Call):
+    def run(self) -> tuple[Tensor, Tensor]:
+        """The nodes instead of the operator, which have no log-sum-exp of their own; the oracle's stands in for it."""
+        out = written_out(self.spec, self.q, self.k, self.v, self.leaves)
+        return out, super().run()[1]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
+@pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
+@pytest.mark.parametrize(("text", "leaves"), WRITTEN_OUT.values(), ids=WRITTEN_OUT.keys())
+def test_families(text: str, leaves: Leaves, shape: Shape, dtype: torch.dtype) -> None:
+    hold_to_oracle(_WrittenOut(*made(text, shape, leaves(shape), dtype)))
+
+
+@given(cases())
+@settings(max_examples=60)
+def test_random_programs(case: Case) -> None:
+    call = values_of(case)
+    assume(call.spec.program.sink is None and not call.spec.dropout and not call.sizes)
+    # rows of NaN have gradients of NaN here, as in eager, and of zero in the kernels
+    assume(bool(call.run()[0].isfinite().all()))
+    hold_to_oracle(_WrittenOut(*call))
+
+
+def causal(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    M, N = q.shape[2], k.shape[2]
+    allowed = (torch.arange(N) <= torch.arange(M)[:, None]) & pad[:, None, None]
+    return (q @ k.mT * 0.5).masked_fill(~allowed, torch.finfo(torch.float32).min).softmax(-1) @ v
+
+
+def padding(N: int) -> Tensor:
+    return torch.arange(N).expand(2, N) >= torch.tensor([[0], [2]])
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+@pytest.mark.parametrize(
+    ("length", "limit", "code"), [(8, 64, "AF011"), (8, 63, "AF000"), (128, None, "AF011"), (129, None, "AF000")]
+)
+def test_up_to_how_many_scores(length: int, limit: int | None, code: str) -> None:
+    options = {} if limit is None else {"inline_scores": limit}
+    report = check(causal, *qkv(M=length), padding(length), options=options)
+    assert [r.code for r in report.remarks] == [code]
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_symbolic_sizes_and_dropout_become_operators() -> None:
+    report = check(causal, *qkv(), padding(6), dynamic=True)
+    assert [r.template for r in report.remarks] == ["blocked"]
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.dropout((q @ k.mT).softmax(-1), 0.1) @ v
+
+    assert [r.template for r in report_of(dropped, *qkv()).remarks] == ["blocked"]
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_autocast_does_not_round_the_scores() -> None:
+    """Inside an autocast region a call of SDPA keeps its scores in float32, and so does what takes its place."""
+
+    def called(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return F.scaled_dot_product_attention(q, k, v, pad[:, None, None], scale=1.0)
+
+    q, k, v = qkv(M=16, D=64)
+    check(called, 4 * q, k, v, padding(16), gradients=False)
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_grouped_heads_are_not_expanded(tmp_path: Path) -> None:
+    def grouped(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        return causal(q, k.repeat_interleave(2, 1), v.repeat_interleave(2, 1), pad)
+
+    check(grouped, *qkv(Hkv=2), padding(6), options={"dump": tmp_path})
+    *_, after = sorted(tmp_path.rglob("*rewritten*"))
+    assert re.findall("repeat_interleave|expand|attnfuse", after.read_text()) == []
+
+
+def test_nothing_is_written_in_place() -> None:
+    spec = parse_spec("5*tanh(s*0.125/5) + 1 where n <= m else +min")
+    q, k, v = qkv()
+    x = q.clone().requires_grad_()
+    written_out(spec, x, k, v, ()).sum().backward()
+    assert x.grad is not None
