@@ -36,6 +36,7 @@ from torch.fx import traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
 from torch.fx.experimental.symbolic_shapes import ShapeEnv, rebind_unbacked
+from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
@@ -118,7 +119,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     if fake_mode is None:
         raise NormaliseError("the graph has no tensor input")
     try:
-        with fake_mode, _no_new_guards(fake_mode.shape_env):
+        with fake_mode, _no_new_guards(fake_mode.shape_env), _no_questions_of_layout():
             # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
             fake_mode.epoch += 1
             try:
@@ -178,12 +179,15 @@ class _Retrace:
         self.recall = recall
         self.calls: dict[object, _Call] = {}
 
+    def own(self, value: object) -> object:
+        """The value, of which the retrace may change shape and autograd state if it does not rely on what Dynamo recorded."""
+        return value if self.recall else pytree.tree_map_only(torch.Tensor, aten.alias, value)
+
     def trace(self, gm: fx.GraphModule, values: Sequence[object] | None = None) -> fx.GraphModule:
         """`gm` normalised, its inputs `values`, or else what Dynamo recorded for them."""
         if values is None:
             values = [_recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
-        if not self.recall:
-            values = [aten.alias(value) if isinstance(value, torch.Tensor) else value for value in values]
+        values = [self.own(value) for value in values]
         replay = _Replay(gm, self)
         with (
             replay.modes_restored(),
@@ -194,6 +198,9 @@ class _Retrace:
             new = proxy_tensor.make_fx(replay.run, tracing_mode="real", pre_dispatch=True, _allow_non_fake_inputs=True)(
                 *values
             )
+        for node in new.graph.nodes:
+            if node.op == "call_function":
+                node.meta.setdefault("val", None)
         _carry_over(gm, new)
         _write_constants(new, own=set(replay.attributes))
         for name, child in list(new.named_children()):
@@ -222,6 +229,8 @@ class _Replay(fx.Interpreter):
         self.retrace = retrace
         self.bodies: list[_Body] = []
         self.attributes: dict[str, fx.Proxy] = {}
+        # What higher-order operators give; made before the tracing begins, which would see an alias being taken.
+        self.kept = {n: retrace.own(_recorded(n)) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)}
         self._node: fx.Node
         self._autocasts: list[tuple[tuple[Any, ...], torch.amp.autocast]] = []
         self._metadata: dict[int, tuple[torch.Tensor, tuple[object, ...]]] = {}
@@ -495,9 +504,7 @@ class _Replay(fx.Interpreter):
         n = self._node
         if "example_value" not in n.meta and n.users:
             raise NormaliseError(f"Dynamo recorded no value for `{n}`")
-        value = _recorded(n)
-        if not self.retrace.recall:
-            value = pytree.tree_map_only(torch.Tensor, aten.alias, value)
+        value = self.kept[n]
 
         def proxy(arg: fx.Node) -> Any:
             operand = self.env[arg]
@@ -545,9 +552,8 @@ def _refuse(gm: fx.GraphModule) -> None:
             raise NormaliseError(f"`{node}` is part of a function transform")
         elif name in _STORAGE_WRITES:
             raise NormaliseError(f"`{node}` changes the storage of a tensor")
-        elif name in _METADATA_WRITES and node.args and isinstance(source := node.args[0], fx.Node):
-            if source.op == "placeholder" or id(_recorded(source)) in fixed:
-                raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
+        elif name in _METADATA_WRITES and any(id(_recorded(x)) in fixed for x in node.all_input_nodes[:1]):
+            raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
 
 
 def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:
@@ -618,6 +624,20 @@ def _no_new_guards(shape_env: ShapeEnv | None) -> Iterator[None]:
 
         with mock.patch.object(shape_env, "_check_frozen", refuse):
             yield
+
+
+@contextlib.contextmanager
+def _no_questions_of_layout() -> Iterator[None]:
+    """Keep make_fx from asking in which memory format a tensor of symbolic sizes is dense, for a note that nobody reads.
+
+    The answer is a guard: a graph that slices `x[1:]` could not be retraced.
+    """
+
+    def of_known_sizes(value: torch.Tensor) -> object:
+        return None if value._has_symbolic_sizes_strides else _extract_tensor_metadata(value)
+
+    with mock.patch.object(proxy_tensor, "_extract_tensor_metadata", of_known_sizes):
+        yield
 
 
 def _autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool | None) -> torch.amp.autocast:
