@@ -49,7 +49,7 @@ def test_random_programs(case: Case) -> None:
 def causal(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     M, N = q.shape[2], k.shape[2]
     allowed = (torch.arange(N) <= torch.arange(M)[:, None]) & pad[:, None, None]
-    return (q @ k.mT * 0.5).masked_fill(~allowed, torch.finfo(torch.float32).min).softmax(-1) @ v
+    return (q @ k.mT * 0.5).masked_fill(~allowed, torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
 def padding(N: int) -> Tensor:
@@ -97,6 +97,17 @@ def test_grouped_heads_are_not_expanded(tmp_path: Path) -> None:
     check(grouped, *qkv(Hkv=2), padding(6), options={"dump": tmp_path})
     *_, after = sorted(tmp_path.rglob("*rewritten*"))
     assert re.findall("repeat_interleave|expand|attnfuse", after.read_text()) == []
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+@pytest.mark.parametrize(("called", "product"), [(False, "bf16"), (True, "f32")])
+def test_scores_are_rounded_where_the_models_own_matmul_rounds_them(called: bool, product: str, tmp_path: Path) -> None:
+    def call(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, k, v, pad[:, None, None])
+
+    check(call if called else causal, *qkv(dtype=torch.bfloat16), padding(6), options={"dump": tmp_path})
+    *_, after = sorted(tmp_path.rglob("*rewritten*"))
+    assert re.findall(r"(\w+)\[2, 4, 6, 6\]\" = torch.ops.aten.matmul", after.read_text()) == [product]
 
 
 def test_nothing_is_written_in_place() -> None:

@@ -119,7 +119,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
     free = None if written else _is_made_contiguous(site.out)
     if isinstance(form, Inline):
         leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
-        out = _written_out(emit, what.spec, [q, k, v, *leaves])
+        out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=not site.is_sdpa)
         placed = _like_original(emit, out, site, order, free)
     elif form is not None:
         grouped = not same(shape(q)[1], shape(k)[1])
@@ -169,11 +169,11 @@ def _like_original(
     return copied
 
 
-def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node]) -> fx.Node:
+def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node], *, rounded: bool) -> fx.Node:
     """The nodes of `inline.written_out`, in a region without autocast."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
-        return written_out(spec, q, k, v, leaves)
+        return written_out(spec, q, k, v, leaves, rounded=rounded)
 
     with emit.mode, torch.no_grad(), _no_autocast():
         traced = make_fx(attention, pre_dispatch=True)(*(node.meta["val"] for node in operands))

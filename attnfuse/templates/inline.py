@@ -57,7 +57,9 @@ def _compiled(text: str) -> _Compiled:
     return _Compiled(Evaluator(spec, [spec.program.body], pure=True), Evaluator(spec, tiers, pure=True))
 
 
-def written_out(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor]) -> Tensor:
+def written_out(
+    spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor], *, rounded: bool = False
+) -> Tensor:
     """The attention in plain operators, none of them in place.
 
     Args:
@@ -65,15 +67,17 @@ def written_out(spec: AttentionSpec, q: Tensor, k: Tensor, v: Tensor, leaves: Se
         k: [B, Hkv, N, D]; query heads of one KV head are folded into rows, k and v are not expanded.
         v: [B, Hkv, N, Dv].
         leaves: the tensors of `spec.leaves`.
+        rounded: whether q·kᵀ is rounded to q's type, as by a matmul of the model's own; it saves the products in fp32.
 
     Returns:
-        [B, H, M, Dv] in v's type; scores and softmax are fp32 (fp64 where q is).
+        [B, H, M, Dv] in v's type; scores otherwise, and the softmax, are fp32 (fp64 where q is).
     """
     B, H, M, D = q.shape
     Hkv, N = k.shape[1:3]
     dtype = torch.promote_types(q.dtype, torch.float32)
     rows = H // Hkv * M
-    scores = (q.reshape(B, Hkv, rows, D).to(dtype) @ k.to(dtype).mT).view(B, H, M, N)
+    operands = (q, k) if rounded else (q.to(dtype), k.to(dtype))
+    scores = (operands[0].reshape(B, Hkv, rows, D) @ operands[1].mT).to(dtype).view(B, H, M, N)
     sizes = {"B": B, "H": H, "Hkv": Hkv, "M": M, "N": N}
     named = {leaf.name: x for leaf, x in zip(spec.leaves, leaves, strict=True)}
     block = Block(named, sizes, ((0, B), (0, H), (0, M), (0, N)), q.device, dtype)
