@@ -18,10 +18,10 @@ import torch
 from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
-from attnfuse.passes.graph import Storage, fake, is_tensor, mark_no_grad, packet
+from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet
 from attnfuse.passes.index import Index, Unliftable, size_of, value
 from attnfuse.passes.normalise import INLINED_BODIES
-from attnfuse.passes.rules import MOVES, RULES, At, as_float
+from attnfuse.passes.rules import MOVES, RULES, At, as_float, check_type
 from attnfuse.passes.views import broadcast, cuts_gradient
 from attnfuse.score import Call, Const, Expr, Load, S, Var, call, free_vars, loads, walk
 
@@ -70,6 +70,8 @@ class Table:
 
     leaves: dict[str, LeafSource] = field(default_factory=dict)
     symbols: dict[str, tuple[sympy.Expr, Scope, fx.Node]] = field(default_factory=dict)
+    computed_in: torch.dtype = torch.float32
+    """The type in which a template computes what is lifted at present; other arithmetic on data is read, not repeated."""
     _names: dict[Any, str] = field(default_factory=dict)
 
     def leaf(self, source: LeafSource) -> str:
@@ -107,7 +109,27 @@ class Scope:
         self.call = call
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Outputs of attentions that have been rewritten, with what stands in their place."""
+        self._may_require_grad: dict[fx.Node, bool] = {}
         self.lifter = Lifter(self)
+
+    def may_require_grad(self, node: fx.Node) -> bool:
+        """Whether a tensor may ask for a gradient, as far as the graph's inputs say (fake values of a retrace do not)."""
+        if not is_tensor(node) or not fake(node).dtype.is_floating_point:
+            return False
+        known = self._may_require_grad.get(node)
+        if known is None:
+            if node in self.bindings and self.outer is not None:
+                known = self.outer.may_require_grad(self.bindings[node])
+            elif node.op == "placeholder":
+                given = node.meta.get("example_value")
+                known = not isinstance(given, torch.Tensor) or given.requires_grad
+            elif node.op == "get_attr":
+                known = False
+            else:
+                plain = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+                known = not plain or any(map(self.may_require_grad, node.all_input_nodes))
+            self._may_require_grad[node] = known
+        return known
 
     def current(self, node: fx.Node) -> fx.Node:
         """The node, or what has taken its place."""
@@ -146,12 +168,17 @@ class Lifter:
         """The last product that was offered as the score and not claimed."""
         self.offered = 0
 
+    @property
+    def computed_in(self) -> torch.dtype:
+        """See `Table.computed_in`."""
+        return self.scope.table.computed_in
+
     def lift(self, node: fx.Node, index: Sequence[Index], claimant: Claimant = NOBODY) -> Expr:
         """The element of `node` at `index` (one Index a dimension).
 
         Raises Misaligned if not even a load can be written down at this index.
         """
-        key = (node, tuple(index))
+        key = (node, tuple(index), self.computed_in)
         if key in self.memo:
             return self.memo[key]
         state, offered = claimant.state(), self.offered
@@ -170,6 +197,8 @@ class Lifter:
 
     def leaf(self, node: fx.Node, index: Sequence[Index]) -> Expr:
         """A load of the node itself."""
+        if fake(node).dtype not in SHORT_DTYPES:
+            raise Unliftable(f"a tensor of {fake(node).dtype}")
         dims = tuple(at for at, dim in enumerate(index) if dim)
         name = self.scope.table.leaf(LeafSource(self.scope, node, dims))
         return Load(name, tuple(value(index[at]) for at in dims))
@@ -188,6 +217,8 @@ class Lifter:
             if packet(arg) == "item" and is_tensor(arg.args[0]):
                 source = arg.args[0]
                 assert isinstance(source, fx.Node)
+                if self.scope.may_require_grad(source):
+                    raise Unliftable("a number taken out of a tensor, at which its gradient ends")
                 return self.leaf(source, ((),) * fake(source).dim())
         raise Unliftable(f"scalar {arg}")
 
@@ -216,7 +247,10 @@ class Lifter:
         if rule is None:
             raise Unliftable(packet(node) or str(node.target))
         expr = rule(At(self, node, index, claimant))
-        return expr if packet(node) in MOVES else self.collapsed(node, index, expr)
+        if packet(node) in MOVES:
+            return expr
+        check_type(expr, fake(node).dtype, self.computed_in)
+        return self.collapsed(node, index, expr)
 
     def _score(self, found: Contraction, index: tuple[Index, ...], claimant: Claimant) -> Expr:
         if not claimant.claim(found, index):

@@ -544,6 +544,9 @@ def _refuse(gm: fx.GraphModule) -> None:
             if isinstance(value, torch.Tensor) and (is_traceable_wrapper_subclass(value) or value.is_nested):
                 raise NormaliseError(f"`{node}` is a {type(value).__name__}", code="AF042")
         name = _name(node)
+        if name == "_enter_inference_mode":
+            # running it, even in a trace, leaves dispatch state behind
+            raise NormaliseError(f"`{node}` enters inference mode, whose tensors a trace cannot make")
         if node.op == "call_module":
             raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
         if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):

@@ -101,6 +101,10 @@ def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
     return len(fills) == 1 and not any("n" in free_vars(load) for load in _added_loads(body))
 
 
+# Half a unit in the last place of float32's least value: what is smaller is lost when added to it.
+_ABSORBED: Final = 2.0**100
+
+
 def _added_loads(expr: Expr) -> list[Load]:
     """The loads whose values, and not only whose truth, go into an expression."""
     if isinstance(expr, Load):
@@ -148,8 +152,11 @@ def _combined(op: str, kept: Expr, other: Expr, dtype: torch.dtype) -> tuple[Exp
     if not tiers and not masks:
         return None
     if rest is not None:
-        # a finite addend does not move -inf or finfo.min; under =min its gradient would get lost
+        # an addend of common size does not move -inf or finfo.min; under =min its gradient would get lost
         if "=min" in fills and loads(rest):
+            return None
+        of_min = any(fill != "-inf" for fill in (*fills, *(fill for _, fill in masks)))
+        if of_min and any(isinstance(e, Const) and abs(e.value) > _ABSORBED for e in walk(rest)):
             return None
         body = call(op, body, rest)
     return body, tiers + [Tier(c, "-inf" if fill == "-inf" else "+min") for c, fill in masks]

@@ -174,6 +174,7 @@ def anchors(scope: Scope) -> Iterator[fx.Node]:
 def recognise(scope: Scope, anchor: fx.Node) -> Site:
     """The attention at an anchor; raises Miss."""
     scope.lifter.stopped = scope.lifter.refused = None
+    scope.table.computed_in = torch.promote_types(fake(anchor).dtype, torch.float32)
     if packet(anchor) == "scaled_dot_product_attention":
         site = _from_sdpa(scope, anchor)
     else:
@@ -271,6 +272,8 @@ def _assembled(
 ) -> Site:
     found = claim.found
     assert found is not None
+    if torch.promote_types(fake(found.node).dtype, torch.float32) != scope.table.computed_in:
+        raise Miss("AF024", softmax, f"scores of {fake(found.node).dtype} go into a softmax in {fake(softmax).dtype}")
     n_size: Size = axes.keys[0].size if axes.keys else 1
     m_size: Size = axes.queries[0].size if axes.queries else 1
     value_depth = product([d.size for dim in value.out_index for d in dim if d.expr == Var("e")])

@@ -170,7 +170,7 @@ def _like_original(
 
 
 def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node], *, rounded: bool) -> fx.Node:
-    """The nodes of `inline.written_out`, in a region without autocast."""
+    """The nodes of `inline.written_out`, in a region without autocast where there may be one that would round them."""
 
     def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
         return written_out(spec, q, k, v, leaves, rounded=rounded)
@@ -178,17 +178,33 @@ def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node]
     with emit.mode, torch.no_grad(), _no_autocast():
         traced = make_fx(attention, pre_dispatch=True)(*(node.meta["val"] for node in operands))
     traced.graph.eliminate_dead_code()
+    device = fake(operands[0]).device.type
+    low = all(fake(x).dtype == torch.get_autocast_dtype(device) for x in operands[:3])
     given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
-    region = emit.bare(autocast_mode._enter_autocast, fake(operands[0]).device.type, None, False, None)
+    # AOTAutograd caches no graph with such a region in it
+    region = None
+    if not (rounded and low) and _may_autocast(emit.site):
+        region = emit.bare(autocast_mode._enter_autocast, device, None, False, None)
     (out,) = traced.graph.output_node().args
     for node in traced.graph.nodes:
         if node.op == "call_function":
             given[node] = emit.copy(node, given)
         elif node.op not in ("placeholder", "output"):
             raise AssertionError(f"{node.format_node()} in the trace of {spec}")
-    emit.bare(autocast_mode._exit_autocast, region)
+    if region is not None:
+        emit.bare(autocast_mode._exit_autocast, region)
     result: fx.Node = given[out]
     return result
+
+
+def _may_autocast(site: Site) -> bool:
+    """Whether autocast is on where the graph runs, or may be in a part of it."""
+    scope: Scope | None = site.scope
+    while scope is not None:
+        if any(node.target is autocast_mode._enter_autocast for node in scope.module.graph.nodes):
+            return True
+        scope = scope.outer
+    return torch.is_autocast_enabled(fake(site.out).device.type)
 
 
 def _with_same_heads(emit: Emitter, k: fx.Node, v: fx.Node, site: Site) -> tuple[fx.Node, fx.Node]:

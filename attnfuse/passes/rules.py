@@ -26,7 +26,7 @@ if TYPE_CHECKING:
 
 _LOW_PRECISION: Final = (torch.float16, torch.bfloat16)
 _WIDE: Final = (torch.int64, torch.int32)
-"""Integer types in which positions do not wrap around."""
+"""Integer types in which sums and differences of positions do not wrap around."""
 
 
 @dataclass(frozen=True)
@@ -98,9 +98,60 @@ def as_float(expr: Expr) -> Expr:
     return call("float", expr) if not isinstance(expr, Const) or type(expr.value) is not float else expr
 
 
+# Positions are below this, so that sums of a few of them and of smaller constants do not wrap around in int32.
+_LARGE: Final = 2**28
+
+
+def check_type(expr: Expr, dtype: torch.dtype, computed_in: torch.dtype) -> None:
+    """Refuses arithmetic that has another result in the node's type than in the one that templates compute in: integers that may
+    wrap around, floats that are rounded otherwise.  Scores are free of this, they are approximate anyway."""
+    if isinstance(expr, Const) or _is_choice(expr):
+        if any(Const(c) != rounded(Const(c), dtype) for c in _choices(expr)) and dtype != computed_in:
+            raise Unliftable(f"constants that {dtype} cannot hold")
+        return
+    if isinstance(expr, Load | Var) or "s" in free_vars(expr):
+        return
+    if dtype.is_floating_point:
+        if dtype != computed_in and not _exact(expr, dtype):
+            raise Unliftable(f"arithmetic in {dtype}, which rounds otherwise than {computed_in}")
+    elif dtype not in (torch.bool, torch.int64):
+        large = any(
+            (isinstance(e, Call) and e.op == "mul") or (isinstance(e, Const) and abs(e.value) > _LARGE)
+            for e in walk(expr)
+        )
+        if dtype != torch.int32 or loads(expr) or large:
+            raise Unliftable(f"arithmetic in {dtype}, which may wrap around")
+
+
+def _exact(expr: Expr, dtype: torch.dtype) -> bool:
+    """Whether no step of an expression is rounded in a floating-point type."""
+    if isinstance(expr, Const | Load | Var):
+        return True
+    parts = expr.args
+    if expr.op == "float":
+        return dtype not in _LOW_PRECISION and not loads(expr)
+    if expr.op == "add":
+        huge = torch.finfo(dtype).max / 2
+        # nothing is added, or what leaves no digit of the other
+        kept = any(_is_choice(a) and all(c == 0 or abs(c) >= huge for c in _choices(a)) for a in parts)
+        return kept and all(_exact(a, dtype) for a in parts)
+    if expr.op == "where":
+        return all(_exact(a, dtype) for a in parts[1:])
+    return expr.op in ("neg", "abs", "min", "max") and all(_exact(a, dtype) for a in parts)
+
+
+def _choices(expr: Expr) -> list[bool | int | float]:
+    """The constants that a choice is between."""
+    if isinstance(expr, Const):
+        return [expr.value]
+    return [c for arm in expr.args[1:] for c in _choices(arm)] if isinstance(expr, Call) else []
+
+
 def rounded(expr: Expr, dtype: torch.dtype) -> Expr:
     """Constants as they are after a cast: rounded to a low precision, infinite beyond any type's range (finfo(float32).min is -inf
-    in bfloat16)."""
+    in bfloat16), wrapped around in a narrow integer type."""
+    if isinstance(expr, Const) and type(expr.value) is int and not dtype.is_floating_point and dtype != torch.bool:
+        return Const(int(torch.tensor(expr.value).to(dtype)))
     if isinstance(expr, Const) and type(expr.value) is float:
         cast = float(torch.tensor(expr.value, dtype=torch.float64).to(dtype))
         return Const(cast) if dtype in _LOW_PRECISION or math.isinf(cast) else expr
@@ -148,8 +199,6 @@ def _binary(at: At, op: str, a: Any, b: Any) -> Expr:
     if result == "bool":
         raise Unliftable("arithmetic on truth values")
     left, right = (converted(at.operand(x), kind(x), result) for x in (a, b))
-    if result == "int" and (at.dtype not in _WIDE or (at.dtype == torch.int32 and op == "mul")):
-        raise Unliftable(f"arithmetic in {at.dtype}, which may wrap around")
     return call(op, left, right)
 
 
@@ -164,7 +213,7 @@ def _arithmetic(at: At) -> Expr:
         if alpha != 1:
             raise Unliftable("rsub with alpha")
     if alpha != 1:
-        if name not in ("add", "sub") or not isinstance(alpha, int | float):
+        if name not in ("add", "sub") or not isinstance(alpha, int | float) or at.kind == "bool":
             raise Unliftable("symbolic alpha")
         result = at.kind
         left, right = (converted(at.operand(x), kind(x), result) for x in (a, b))
@@ -237,15 +286,35 @@ def _compare(at: At) -> Expr:
     kinds = [kind(x) for x in sides]
     common = max(kinds, key=("bool", "int", "float").index)
     operands = [at.operand(x) for x in sides]
-    rounded_before = any(is_tensor(x) and fake(x).dtype in _LOW_PRECISION for x in sides)
-    if rounded_before and not all(isinstance(e, Load | Const) for e in operands):
-        raise Unliftable("a comparison of values that were rounded to a low precision")
+    if common == "float":
+        operands = _compared_as(at, sides, operands)
     left, right = (converted(e, k, common) for e, k in zip(operands, kinds, strict=True))
     if common == "bool":
         if at.name in ("eq", "ne"):
             return _unequal(left, right) if at.name == "ne" else call("not", _unequal(left, right))
         raise Unliftable("truth values compared by size")
     return call(at.name, left, right)
+
+
+def _compared_as(at: At, sides: Sequence[Any], operands: Sequence[Expr]) -> list[Expr]:
+    """The sides of a comparison of floats in the type in which it is done; refused where templates cannot compare in it."""
+    dtype = torch.result_type(
+        *(fake(x) if is_tensor(x) else x.meta["val"] if isinstance(x, fx.Node) else x for x in sides)
+    )
+    low = dtype in _LOW_PRECISION
+    for x, e in zip(sides, operands, strict=True):
+        if isinstance(e, Const) or _is_choice(e):
+            continue
+        if low and (not isinstance(e, Load) or fake(x).dtype != dtype):
+            raise Unliftable("a comparison of values that were rounded to a low precision")
+        if torch.promote_types(dtype, at.lifter.computed_in) != at.lifter.computed_in and (
+            loads(e) or "s" in free_vars(e)
+        ):
+            raise Unliftable(f"a comparison in {dtype}, which has more digits than {at.lifter.computed_in}")
+    return [
+        Const(float(torch.tensor(float(e.value), dtype=torch.float64).to(dtype))) if isinstance(e, Const) else e
+        for e in operands
+    ]
 
 
 def _unequal(a: Expr, b: Expr) -> Expr:
@@ -295,7 +364,7 @@ def _choice(at: At, condition: Any, a: Any, b: Any) -> Expr:
     chosen = at.operand(condition)
     result, dtype = at.kind, at.dtype
     arms = [rounded(converted(at.operand(x), kind(x), result), dtype) for x in (a, b)]
-    if chosen == call("ne", arms[1], Const(0.0)) and not (is_tensor(b) and fake(b).requires_grad):
+    if chosen == call("ne", arms[1], Const(0.0)) and not (is_tensor(b) and at.lifter.scope.may_require_grad(b)):
         # `x.masked_fill(x.bool(), c)`: what is left of x is zero
         arms[1] = Const(0.0)
     return call("where", chosen, *arms)
@@ -322,11 +391,15 @@ def _cast(at: At) -> Expr:
     if fake(source).dtype == at.dtype:
         return at.lift(source)
     expr = converted(at.lift(source), kind(source), at.kind)
-    if not isinstance(expr, Const | Load) and not _is_choice(expr):
-        if at.kind == "int" and at.dtype not in _WIDE:
+    if not isinstance(expr, Const) and not _is_choice(expr):
+        before = fake(source).dtype
+        widened = before == torch.bool or torch.promote_types(before, at.dtype) == at.dtype
+        if at.kind == "int" and not widened:
             raise Unliftable(f"a cast to {at.dtype}, which may wrap around")
-        if at.dtype in _LOW_PRECISION and "s" not in free_vars(expr):
-            raise Unliftable(f"a value rounded to {at.dtype}")
+        if at.kind == "float" and "s" not in free_vars(expr):
+            if not widened or (at.dtype in _LOW_PRECISION and not before.is_floating_point):
+                raise Unliftable(f"a value rounded to {at.dtype}")
+            check_type(expr, at.dtype, at.lifter.computed_in)
         greatest = torch.finfo(at.dtype).max if at.dtype in _LOW_PRECISION else math.inf
         if any(isinstance(e, Const) and type(e.value) is float and abs(e.value) > greatest for e in walk(expr)):
             raise Unliftable(f"a fill beyond the range of {at.dtype}")
@@ -429,7 +502,7 @@ def _cumsum(at: At) -> Expr:
     args = at.args
     dim = args["dim"] % len(at.index)
     element = at.lift(args["self"])
-    if isinstance(element, Const) and at.kind == "int":
+    if isinstance(element, Const) and at.dtype == torch.int64:
         return call("mul", Const(int(element.value)), call("add", value(at.index[dim]), Const(1)))
     raise Unliftable("a running sum of data")
 
@@ -465,7 +538,7 @@ def _rows(at: At) -> Expr:
     rank = len(shape(chosen))
     if not rank:
         raise Unliftable("one row")
-    if fake(source).requires_grad and (args.get("padding_idx", -1) >= 0 or args.get("scale_grad_by_freq")):
+    if args.get("padding_idx", -1) >= 0 or args.get("scale_grad_by_freq"):
         raise Unliftable("a gradient that is not the sum over the rows read")
     where = at.operand(chosen, at.index[dim : dim + rank])
     if loads(where) and {"m", "n"} <= free_vars(where):

@@ -133,7 +133,9 @@ def _sliced(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequ
     if first == 0 and step == 1:
         # the index stays itself; only the range behind it is longer
         kept = index[dim]
-        if kept and not same(product([digit.size for digit in kept]), size):
+        if not kept and not same(size, 1):
+            kept = (Digit(Const(0), size),)
+        elif kept and not same(product([digit.size for digit in kept]), size):
             kept = (Digit(value(kept), size),)
         return (*index[:dim], kept if not same(size, 1) else (), *index[dim + 1 :])
     moved = call("add", call("mul", value(index[dim]), Const(step)), Const(first))

@@ -209,8 +209,8 @@ def _tensor(x: Value, block: Block) -> Tensor:
 
 
 def _scalar(x: float, dtype: torch.dtype, device: torch.device) -> Tensor:
-    # torch.tensor would be a constant of the graph where the evaluation is traced
-    return torch.full((), x, dtype=dtype, device=device)
+    # torch.tensor would be a constant of the graph where the evaluation is traced, and an index without dimensions a number
+    return torch.full((1, 1, 1, 1), x, dtype=dtype, device=device)
 
 
 def _operation(op: str, types: Sequence[str], result: str) -> Callable[..., Value]:
