@@ -1,0 +1,192 @@
+"""Mask arithmetic in other types than the kernels compute in: what rounds, wraps around or overflows in the model still does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from tests.harness import check, qkv
+
+pytestmark = pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
+
+MIN = torch.finfo(torch.float32).min
+Condition = Callable[[Tensor], Tensor]
+
+
+def over_keys(x: Tensor) -> tuple[Tensor, Tensor]:
+    """Data [B, N] as keys and as queries."""
+    return x[:, None, None, :], x[:, None, :, None]
+
+
+def compared(cast: Callable[[Tensor], Tensor], op: Callable[[Tensor, Tensor], Tensor] = torch.gt) -> Condition:
+    return lambda t: op(*over_keys(cast(t)))
+
+
+POSITIONS = torch.arange(600.0).expand(2, 600)
+THOUSANDS = torch.tensor([[1000.0, 1001, 1002, 1003, 1004, 1005]] * 2)
+TIMES = 1.7e9 + torch.arange(120, dtype=torch.float64).view(2, 60) * 0.3
+IDS = torch.tensor([[0, 256, 1, 257, 2, 3], [2**32, 0, 1, 2**32 + 1, 5, 5]])
+SENTINEL = torch.tensor([[2**31 - 1, 1, 2, 3, 4, 5]] * 2, dtype=torch.int32)
+
+CONDITIONS: dict[str, tuple[Tensor, Condition]] = {
+    "rounded to bf16": (POSITIONS, compared(lambda t: t.bfloat16())),
+    "rounded and widened": (THOUSANDS, compared(lambda t: t.bfloat16().float(), torch.eq)),
+    "rounded to f16, then arithmetic": (
+        THOUSANDS,
+        lambda t: over_keys(t.half())[0] * 2 > over_keys(t.half())[1] + 1003,
+    ),
+    "integers rounded to f16": (
+        torch.tensor([[0, 2048, 2049, 2050, 4097, 1]] * 2),
+        compared(lambda t: t.half(), torch.ne),
+    ),
+    "integers rounded to f32": (2**24 + torch.arange(12).view(2, 6), compared(lambda t: t.float(), torch.ne)),
+    "a constant rounded to bf16": (
+        torch.tensor([[0.3, 0.30078125, 0.5, 0.2, 0.3, 1.0]] * 2),
+        lambda t: over_keys(t.bfloat16() > 0.3)[0],
+    ),
+    "wrapped to uint8": (IDS, compared(lambda t: t.to(torch.uint8), torch.eq)),
+    "wrapped to uint8, as truth": (IDS, lambda t: over_keys(t.to(torch.uint8) != 0)[0]),
+    "wrapped to int32": (IDS, compared(lambda t: t.int(), torch.ne)),
+    "times in float64": (TIMES, compared(lambda t: t)),
+    "time differences in float64": (TIMES, lambda t: torch.sub(*over_keys(t)) > 0.5),
+    "integer times, divided": (
+        1_700_000_000_000 + torch.arange(120).view(2, 60) * 3,
+        lambda t: torch.sub(*over_keys(t)) / 1000 > 0.05,
+    ),
+    "sums in int32": (SENTINEL, lambda t: (over_keys(t)[0] + torch.arange(6, dtype=torch.int32)[:, None]) > 3),
+    "sums in int8": (torch.full((2, 6), 100, dtype=torch.int8), lambda t: over_keys(t + t)[0] < 0),
+    "multiples in int8": (
+        torch.tensor([[100, 1, 2, 120, 5, 6]] * 2, dtype=torch.int8),
+        lambda t: torch.add(t[:, None, :, None], t[:, None, None, :], alpha=2) < 0,
+    ),
+    "constants in int8": (IDS, lambda t: (torch.full((6,), 100, dtype=torch.int8) * 2 < 0) & (torch.arange(6) > 2)),
+    "a large constant in int32": (
+        IDS,
+        lambda t: torch.gt(*(torch.arange(6, dtype=torch.int32) + (2**31 - 3)).view(1, 6).expand(2, 6).unbind()),
+    ),
+    "counted in uint8": (
+        POSITIONS[:, :300],
+        lambda t: compared(lambda x: torch.ones_like(x, dtype=torch.uint8).cumsum(1, dtype=torch.uint8))(t),
+    ),
+    "grid in float64": (
+        POSITIONS[:, :60],
+        lambda t: compared(
+            lambda x: torch.arange(60, dtype=torch.float64).expand(2, 60) * 0.1, lambda a, b: (a - b).abs() > 0.5
+        )(t),
+    ),
+}
+
+
+@pytest.mark.parametrize(("data", "condition"), CONDITIONS.values(), ids=CONDITIONS.keys())
+def test_conditions(data: Tensor, condition: Condition) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill(condition(t), -1e9).softmax(-1) @ v
+
+    q, k, v = qkv(M=data.shape[1])
+    report = check(masked, q, k, v, data, gradients=not data.is_floating_point())
+    assert [r.kind for r in report.remarks] == ["fused"]
+
+
+@pytest.mark.parametrize("spelling", ["eager", "sdpa"])
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_a_mask_that_overflows_in_a_cast(dtype: torch.dtype, spelling: str) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        mask = mask.to(dtype).to(q.dtype)
+        if spelling == "sdpa":
+            return F.scaled_dot_product_attention(q, k, v, mask)
+        return (q @ k.mT + mask).softmax(-1) @ v
+
+    mask = torch.zeros(2, 1, 1, 6)
+    mask[0] = MIN
+    mask[1, ..., 4:] = MIN
+    report = check(masked, *qkv(dtype=dtype), mask, gradients=False)
+    assert [r.kind for r in report.remarks] == ["fused"]
+
+
+def test_a_bias_of_differences_in_float64() -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        near, far = over_keys(t)
+        return (q @ k.mT - 0.1 * (near - far).abs().float()).softmax(-1) @ v
+
+    check(biased, *qkv(M=60), TIMES, gradients=False)
+
+
+def test_a_constant_of_the_size_of_finfo_min_moves_it() -> None:
+    def moved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        m, n = torch.arange(6)[:, None], torch.arange(6)
+        scores = (q @ k.mT).masked_fill((n > m) | (m > 3), MIN)
+        return (scores + torch.where(n > 2, 1e38, 0.0).to(q.dtype)).softmax(-1) @ v
+
+    check(moved, *qkv(), gradients=False)
+
+
+@pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
+def test_gradients_of_embeddings_that_are_no_plain_sums(options: dict[str, Any]) -> None:
+    class Relative(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bias = nn.Embedding(5, 4, **options)
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            distance = (torch.arange(6)[:, None] - torch.arange(6)).clamp(-2, 2) + 2
+            return (q @ k.mT + self.bias(distance).permute(2, 0, 1)).softmax(-1) @ v
+
+    torch.manual_seed(0)
+    model = Relative()
+    found = []
+    for backend in ("eager", "attnfuse"):
+        torch._dynamo.reset()
+        model.zero_grad()
+        chosen: dict[str, Any] = {"options": {"downstream": "aot_eager"}} if backend == "attnfuse" else {}
+        torch.compile(model, backend=backend, **chosen)(*qkv()).square().sum().backward()
+        assert model.bias.weight.grad is not None
+        found.append(model.bias.weight.grad.clone())
+    torch.testing.assert_close(found[1], found[0])
+
+
+def test_no_gradient_goes_through_item() -> None:
+    class Tempered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.temperature = nn.Parameter(torch.tensor(0.5))
+
+        def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (q @ k.mT * self.temperature.item()).softmax(-1) @ v
+
+    model = Tempered()
+    q, k, v = qkv()
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        compiled = torch.compile(model, backend="attnfuse", options={"downstream": "aot_eager"})
+        compiled(q.requires_grad_(), k, v).sum().backward()
+    assert q.grad is not None
+    assert model.temperature.grad is None
+
+
+@pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn])
+def test_leaves_of_types_that_the_language_has_not(dtype: torch.dtype) -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, t: Tensor) -> Tensor:
+        return (q @ k.mT).masked_fill((t.float() > 1)[:, None, None], -1e9).softmax(-1) @ v
+
+    report = check(masked, *qkv(), torch.tensor([[0.0, 1, 2, 3, 1, 0]] * 2).to(dtype), gradients=False)
+    assert [r.kind for r in report.remarks] == ["fused"]
+
+
+@pytest.mark.parametrize("at", ["first", "one in the middle", "one, kept", "one of the last"])
+def test_slices_to_one_element(at: str) -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        part = {
+            "first": bias[:, :1],
+            "one in the middle": bias[:, 3:4],
+            "one, kept": bias[:, 2][:, None],
+            "one of the last": bias[:, -1:],
+        }[at]
+        return (q @ k.mT + part).softmax(-1) @ v
+
+    report = check(biased, *qkv(), torch.linspace(-2, 2, 36).view(6, 6))
+    assert [r.kind for r in report.remarks] == ["fused"]
