@@ -8,6 +8,7 @@ import argparse
 import functools
 import importlib.metadata
 import importlib.util
+import inspect
 import os
 import platform
 import shutil
@@ -47,9 +48,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print(codes_text())
         else:
             print(explain_text(parsed.target, as_json=parsed.json))
+        sys.stdout.flush()
     except UsageError as error:
         print(f"attnfuse: {error}", file=sys.stderr)
         return 2
+    except BrokenPipeError:
+        # the reader has seen enough (`| head`); nothing may be left for the interpreter to flush
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     return 0
 
 
@@ -57,11 +62,17 @@ def explain_text(target: str, *, as_json: bool = False) -> str:
     """The report on what `FILE.py[:fn]` provides.
 
     Raises:
-        UsageError: no such file or function, or it returns something else than (callable, args[, kwargs]).
+        UsageError: no such file or function, it returns something else than (callable, args[, kwargs]), or ATTNFUSE is no value
+            that there is.  What the file itself raises is passed on.
     """
-    call, args, kwargs = _load(target)
     import attnfuse
+    from attnfuse.options import Options, OptionsError
 
+    try:
+        Options.parse()
+    except OptionsError as error:
+        raise UsageError(str(error)) from error
+    call, args, kwargs = _load(target)
     report = attnfuse.explain(call, *args, **kwargs)
     return report.to_json(indent=2) if as_json else str(report)
 
@@ -79,6 +90,15 @@ def _load(target: str) -> tuple[Callable[..., object], Sequence[object], Mapping
         raise UsageError(
             f"{file} has no function {name!r}; name one that returns (callable, args) or (callable, args, kwargs), "
             f"as {file}:fn"
+        )
+    needed = [
+        p.name
+        for p in inspect.signature(provide).parameters.values()
+        if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+    ]
+    if needed:
+        raise UsageError(
+            f"{name}() of {file} needs {', '.join(needed)}; it is called without arguments and returns what to run"
         )
     provided = provide()
     match provided:

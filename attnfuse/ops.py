@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 from torch.autograd import forward_ad
 
-from attnfuse.score import ScoreSyntaxError, parse
+from attnfuse.score import ScoreSyntaxError, loads, parse
 from attnfuse.spec import AttentionSpec, Leaf, Shape, parse_spec
 from attnfuse.templates.base import Cotangents, Inputs, Kernel, Target
 from attnfuse.templates.choose import Refusal, choose
@@ -385,7 +385,8 @@ def attention(
         score: what is computed between the dot product `s` and the softmax, in the score language.
         dropout: probability with which a weight is dropped.
         seed: one int64 element that decides the dropout mask; drawn from torch's generator if not given.
-        leaves: the tensors that the score loads from, by name.
+        leaves: the tensors that the score loads from, by name.  An index outside a leaf, which only cells that the mask
+            excludes should have, reads its nearest element.
 
     Returns:
         [B, H, M, Dv] in v's type, differentiable once with respect to q, k, v and floating-point leaves.
@@ -418,9 +419,20 @@ def _spec_text(score: str, dropout: float, leaves: tuple[tuple[str, str, int], .
 
 @lru_cache(maxsize=4096)
 def _cached_spec_text(score: str, dropout: float, leaves: tuple[tuple[str, str, int], ...]) -> str:
+    if not isinstance(score, str):
+        raise ValueError(
+            f"the score is {score!r} of type {type(score).__name__}; "
+            "it is a text such as 's*0.125 where n <= m else -inf'"
+        )
     if ";" in score:
         raise ScoreSyntaxError("unexpected ';': leaves and dropout are arguments", score, score.index(";"))
     spec = AttentionSpec(parse(score), tuple(Leaf(*leaf) for leaf in leaves), dropout)
+    used = {load.leaf for expr in spec.program.expressions() for load in loads(expr)}
+    unused = [name for name, _, _ in leaves if name not in used]
+    if unused:
+        raise ValueError(
+            f"{score}: nothing is loaded from {', '.join(unused)}; leave it out, or load from it as in {unused[0]}[b, n]"
+        )
     if spec.size_count():
         raise ValueError(f"{score}: i0 … are entries of the operator's sizes; write the number, or load it from a leaf")
     return str(spec)

@@ -18,12 +18,14 @@ import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
 import attnfuse
 from attnfuse import backend, passes
 from attnfuse.backend import listening
 from attnfuse.options import Options, OptionsError
+from attnfuse.passes import verify
 from attnfuse.remark import Report
 from attnfuse.spec import parse_spec
 
@@ -260,6 +262,19 @@ def test_verify_accepts_what_is_right_and_takes_out_what_is_wrong(monkeypatch: p
     out, report = run(attention, *args, options={"verify": True, "downstream": "eager"})
     assert [r.code for r in report.remarks] == ["AF044"]
     torch.testing.assert_close(out, attention(*args))
+
+
+def test_verify_tries_data_that_casts_change() -> None:
+    graph = torch.fx.Graph()
+    leaves = {graph.placeholder(name) for name in ("ids", "times")}
+    with FakeTensorMode():
+        for node in leaves:
+            node.meta["val"] = torch.empty(64, dtype=torch.int64 if node.name == "ids" else torch.float32)
+    small, large = ({node.name: value for node, value in trial.items()} for trial in verify._trials(leaves, set()))
+    assert set(small["ids"].tolist()) <= {0, 1}
+    assert len(large["ids"].unique()) > len(large["ids"].to(torch.uint8).unique())
+    assert len(large["ids"].unique()) > len(large["ids"].int().unique())
+    assert len(large["times"].bfloat16().unique()) < len(small["times"].bfloat16().unique())
 
 
 def test_the_report_is_logged_and_traced(caplog: pytest.LogCaptureFixture, tmp_path: Path) -> None:

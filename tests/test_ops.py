@@ -27,6 +27,7 @@ from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates import dropout
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.dense import Dense
+from tests.numerics import assert_close
 
 OP = torch.ops.attnfuse.attention.default
 BACKWARD = torch.ops.attnfuse.attention_backward.default
@@ -293,17 +294,29 @@ def test_attention_with_leaves_of_every_type(dtype: torch.dtype) -> None:
     q, k, v = operands(grad=False, dtype=dtype)
     text = "s*0.25 + slope[h]*n + table[kind[n]] where n <= m & pad[b, n] & doc[n] == doc[m] else -inf"
     leaves = {
-        "slope": torch.rand(4),
-        "table": torch.rand(3, dtype=torch.float64),
+        "slope": torch.linspace(0.1, 0.9, 4),
+        "table": torch.linspace(-0.7, 0.8, 3, dtype=torch.float64),
         "kind": torch.arange(20, dtype=torch.uint8) % 3,
         "pad": torch.arange(20).expand(2, 20) >= 0,
         "doc": torch.arange(20, dtype=torch.int16) // 5,
     }
     out = attention(q, k, v, text, **leaves)
     declared = "slope: f32[:]; table: f64[:]; kind: u8[:]; pad: bool[:, :]; doc: i16[:]; "
-    exact, _ = reference(parse_spec(declared + text), q, k, v, list(leaves.values()))
-    assert out.dtype == dtype
-    torch.testing.assert_close(out.double(), exact, atol=16 * torch.finfo(dtype).eps, rtol=0.0)
+    exact, original = (
+        reference(parse_spec(declared + text), q, k, v, list(leaves.values()), dtype=kind)[0]
+        for kind in (torch.float64, dtype)
+    )
+    assert_close(out, original, exact)
+
+
+def test_attention_refuses_leaves_that_are_not_used_and_scores_that_are_no_text() -> None:
+    q, k, v = operands(grad=False)
+    with pytest.raises(
+        ValueError, match=r"nothing is loaded from bias; leave it out, or load from it as in bias\[b, n\]"
+    ):
+        attention(q, k, v, "s", bias=torch.zeros(2, 20))
+    with pytest.raises(ValueError, match="the score is None of type NoneType"):
+        attention(q, k, v, None)  # type: ignore[arg-type]
 
 
 def test_attention_keeps_the_memory_order_of_q() -> None:
@@ -379,11 +392,13 @@ def test_a_device_without_templates_is_served_densely(monkeypatch: pytest.Monkey
     kernel, _, _ = ops._kernel(kind, "cuda", False)
     assert isinstance(kernel, Dense)
     keep = dropout.keep(torch.tensor([7]), 0.25, (2, 4, 20, 20))
-    exact, _ = reference(parse_spec(DROPPED), *operands(), (), (), keep)
+    exact, original = (
+        reference(parse_spec(DROPPED), *operands(), (), (), keep, kind_)[0] for kind_ in (torch.float64, torch.float32)
+    )
     monkeypatch.setattr(
         ops, "_kernel", lambda kind, device, training: (Dense(), *ops_kernel(kind, device, training)[1:])
     )
-    torch.testing.assert_close(OP(*call(DROPPED))[0].double(), exact.double(), atol=1e-6, rtol=1e-5)
+    assert_close(OP(*call(DROPPED))[0], original, exact)
 
 
 ops_kernel = ops._kernel

@@ -177,6 +177,19 @@ class TestExplain:
         assert command_line.main(["explain", f"{program}{suffix}"]) == 2
         assert re.search(said, capsys.readouterr().err)
 
+    def test_a_function_that_wants_arguments(self, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+        file = tmp_path / "wants.py"
+        file.write_text("def main(size, depth=2, *rest): ...")
+        assert command_line.main(["explain", str(file)]) == 2
+        assert "needs size;" in capsys.readouterr().err
+
+    def test_a_wrong_environment_variable(
+        self, program: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    ) -> None:
+        monkeypatch.setenv("ATTNFUSE", "explian")
+        assert command_line.main(["explain", str(program)]) == 2
+        assert "did you mean 'explain'" in capsys.readouterr().err
+
     def test_an_error_of_the_program_is_not_hidden(self, tmp_path: Path) -> None:
         path = tmp_path / "broken.py"
         path.write_text("def main():\n    raise KeyError('mine')\n")
@@ -184,6 +197,12 @@ class TestExplain:
         assert answer.returncode == 1
         assert "broken.py" in answer.stderr
         assert "KeyError: 'mine'" in answer.stderr
+
+
+def test_a_reader_may_stop_reading() -> None:
+    command = f"{sys.executable} -m attnfuse codes | head -n 1"
+    answer = subprocess.run(["bash", "-o", "pipefail", "-c", command], capture_output=True, text=True)
+    assert (answer.returncode, answer.stderr) == (0, "")
 
 
 def test_codes_lists_them_all(capsys: pytest.CaptureFixture[str]) -> None:

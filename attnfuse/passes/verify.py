@@ -36,10 +36,14 @@ def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx
         if outside or what.sizes:
             facts["verified"] = "no: the mask reads what lies outside of this graph, or a size that is no tensor's"
             return
-        given = {site.q.node, site.k.node, site.v.node, *(source.node for source in what.leaves)}
+        operands = {site.q.node, site.k.node, site.v.node}
         trials = 0
-        for values in _trials(given):
-            original = _run(site.out, values)
+        for values in _trials({*operands, *(source.node for source in what.leaves)}, operands):
+            try:
+                original = _run(site.out, values)
+            except IndexError:
+                # data that the model uses as an index is not large
+                continue
             exact = _run(site.out, {node: _double(x) for node, x in values.items()}, double=True)
             actual = _run(new, values)
             _compare(site, actual, original, exact)
@@ -49,23 +53,32 @@ def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx
     return check
 
 
-def _trials(given: set[fx.Node]) -> Iterator[dict[fx.Node, torch.Tensor]]:
-    """Random inputs, then the same with every mask all false, then all true."""
+def _trials(given: set[fx.Node], operands: set[fx.Node]) -> Iterator[dict[fx.Node, torch.Tensor]]:
+    """Random inputs; others with large data, which casts round and wrap around; then every mask all false, and all true."""
     # The user's random state stays as it is.
     generator = torch.Generator().manual_seed(random.Random(0).getrandbits(32))
-    for mask in (None, False, True):
-        yield {node: _made(node, generator, mask) for node in given}
-        if not any(fake(node).dtype == torch.bool for node in given):
-            return
+    kinds = {fake(node).dtype for node in given - operands}
+    for mask, large in ((None, False), (None, True), (False, False), (True, False)):
+        if (large and not kinds - {torch.bool}) or (mask is not None and torch.bool not in kinds):
+            continue
+        yield {node: _made(node, generator, mask, large=large and node not in operands) for node in given}
 
 
-def _made(node: fx.Node, generator: torch.Generator, mask: bool | None) -> torch.Tensor:
+def _made(node: fx.Node, generator: torch.Generator, mask: bool | None, *, large: bool) -> torch.Tensor:
     like = fake(node)
     shape = [hint_of(size, node) for size in like.shape]
     if like.dtype == torch.bool:
         made = torch.rand(shape, generator=generator) < 0.7 if mask is None else torch.full(shape, mask)
     elif like.dtype.is_floating_point:
-        made = torch.randn(shape, generator=generator, dtype=torch.float32).to(like.dtype)
+        made = torch.randn(shape, generator=generator, dtype=torch.float32)
+        # neighbours that a half type rounds to the same value
+        made = (made + 1000 if large else made).to(like.dtype)
+    elif large:
+        # a few values, some of them alike in their lowest bits
+        few = torch.randint(0, 3, shape, generator=generator)
+        greatest = torch.iinfo(like.dtype).max
+        values = torch.tensor([min(x, greatest) for x in (1, 2**8 + 1, 2**32 + 1)])
+        made = values[few].to(like.dtype)
     else:
         made = torch.randint(0, 2, shape, generator=generator, dtype=like.dtype)
     return made.to(like.device)
