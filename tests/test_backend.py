@@ -151,23 +151,24 @@ def functions_called(step: Callable[[], object]) -> list[CodeType]:
 def forget() -> None:
     """Empties the caches of pure functions, so that each run goes through all of them."""
     from attnfuse import spec, tiles
-    from attnfuse.templates import choose, library
+    from attnfuse.templates import choose, inline, library
 
-    for module in (spec, tiles, choose, library):
+    for module in (spec, tiles, choose, inline, library):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
 
 
 @pytest.mark.lenient
-def test_an_exception_in_any_function_of_the_passes_leaves_the_program_right() -> None:
+@pytest.mark.parametrize("inline_scores", [0, 1 << 14])
+def test_an_exception_in_any_function_of_the_passes_leaves_the_program_right(inline_scores: int) -> None:
     args = tensors()
     captured: list[tuple[torch.fx.GraphModule, list[Tensor]]] = []
     torch._dynamo.reset()
     torch.compile(attention, backend=lambda gm, inputs: (captured.append((gm, inputs)), gm.forward)[1])(*args)
     ((gm, inputs),) = captured
     expected = attention(*args)
-    options = Options.parse(None, {"downstream": "eager"})
+    options = Options.parse(None, {"downstream": "eager", "inline_scores": inline_scores})
     before = gm.print_readable(print_output=False)
     forget()
     functions = functions_called(lambda: passes.run(gm, options))
@@ -202,7 +203,7 @@ def test_what_raises_downstream_compiles_from_the_original(monkeypatch: pytest.M
         return real(gm, example_inputs, patches)
 
     monkeypatch.setattr(backend, "_inductor", fails_on_ours)
-    out, report = run(attention, *args)
+    out, report = run(attention, *args, options={"inline_scores": 0})
     torch.testing.assert_close(out, attention(*args))
     assert [r.code for r in report.remarks] == ["AF043"]
     assert "injected downstream" in str(report)

@@ -446,7 +446,7 @@ def compared_with_lengths(x: Tensor) -> Tensor:
     return torch.arange(5) < x[:, None]
 
 
-@lifted("lt[m, n]", randn(3, 1).bfloat16())
+@lifted("mul[m, n] < 1.0", randn(3, 1).bfloat16())
 def compared_after_rounding_is_data(x: Tensor) -> Tensor:
     return torch.arange(5) * x < 1
 

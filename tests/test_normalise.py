@@ -609,7 +609,7 @@ def differentiates(x: Tensor) -> Any:
     return torch.func.grad(lambda x: x.softmax(-1).exp().sum())(x)
 
 
-@refused("AF041", "has an effect that the retrace would lose", G)
+@refused("AF041", "enters inference mode", G)
 def leaves_inference_mode(x: Tensor) -> Any:
     with torch.inference_mode(False):
         y = x.exp()

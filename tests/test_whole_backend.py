@@ -154,7 +154,7 @@ def _step(model: nn.Module, forward: Any, *, training: bool) -> list[Tensor]:
     return [logits.detach(), *(p.grad.clone() for p in model.parameters() if p.grad is not None)]
 
 
-def _child() -> None:
+def _child(form: str) -> None:
     """One process of `test_caches_hit_in_a_second_process`: prints counters and remarks of inference and training as JSON."""
     result: dict[str, Any] = {}
     for training in (False, True):
@@ -162,7 +162,7 @@ def _child() -> None:
         counters.clear()
         reports: list[Report] = []
         model = llama(layers=1).train(training)
-        options = {"strict": True, "disable_cpp_codegen": True, **FORMS["operator"]}
+        options = {"strict": True, "disable_cpp_codegen": True, **FORMS[form]}
         with listening(reports.append):
             actual = _step(model, torch.compile(model, backend="attnfuse", options=options), training=training)
         found = counters["aot_autograd"], counters["inductor"]
@@ -182,11 +182,12 @@ def _child() -> None:
 CACHE = re.compile("cache_(hit|miss|bypass)$")
 
 
-def test_caches_hit_in_a_second_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize("form", FORMS)
+def test_caches_hit_in_a_second_process(form: str, tmp_path: Path) -> None:
     """The second process takes both graphs from the caches, computes the same, and reports the same: the passes do run there."""
     tests = Path(__file__).parent
     environment = os.environ | {"TORCHINDUCTOR_CACHE_DIR": str(tmp_path), "PYTHONPATH": f"{tests}:{tests.parent}"}
-    command = [sys.executable, "-W", "ignore", "-c", "import test_whole_backend; test_whole_backend._child()"]
+    command = [sys.executable, "-W", "ignore", "-c", f"import test_whole_backend; test_whole_backend._child({form!r})"]
     first, second = (
         json.loads(
             subprocess.run(
