@@ -60,9 +60,9 @@ def attnfuse(
     """
     chosen = Options.parse(mode, options)
     if not chosen.enabled:
-        return _stock(gm, example_inputs, chosen)
+        return _inductor(gm, example_inputs, dict(chosen.inductor))
     graph, report = passes.run(gm, chosen)
-    report = Report(report.remarks, versions(), _device(example_inputs))
+    report = Report(report.remarks, versions(), device_name(example_inputs))
     analysed = not any(remark.code in ("AF041", "AF042") for remark in report.remarks)
     if graph is None:
         _publish(report, chosen)
@@ -84,12 +84,10 @@ def attnfuse(
 
 
 def _reset() -> None:
-    from torch._inductor import config
-
-    if config.triton.cudagraphs:
-        from torch._inductor.cudagraph_trees import reset_cudagraph_trees
-
-        reset_cudagraph_trees()
+    """What `torch._dynamo.reset` asks of a backend: recorded CUDA graphs are dropped, however they were asked for."""
+    trees = sys.modules.get("torch._inductor.cudagraph_trees")
+    if trees is not None:
+        trees.reset_cudagraph_trees()
 
 
 attnfuse.reset = _reset  # type: ignore[attr-defined]
@@ -103,7 +101,7 @@ def versions() -> dict[str, str]:
     return found
 
 
-def _device(example_inputs: Sequence[Any]) -> str:
+def device_name(example_inputs: Sequence[Any]) -> str:
     """`cpu`, or the architecture of the first input that lies on an accelerator."""
     for value in example_inputs:
         if isinstance(value, torch.Tensor) and value.device.type == "cuda" and torch.cuda.is_available():
@@ -154,10 +152,6 @@ def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     if analysed and not options.inductor_attention_patterns:
         patches |= _without_attention_patterns(patches)
     return _inductor(gm, example_inputs, patches)
-
-
-def _stock(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Compiled:
-    return _inductor(gm, example_inputs, dict(options.inductor))
 
 
 def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:

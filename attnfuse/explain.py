@@ -9,7 +9,7 @@ import torch
 from torch import fx
 
 from attnfuse import passes
-from attnfuse.backend import _device, versions
+from attnfuse.backend import device_name, versions
 from attnfuse.options import Options
 from attnfuse.remark import Report
 
@@ -32,7 +32,7 @@ def explain(fn: Callable[..., Any], /, *args: Any, **kwargs: Any) -> Report:
     def analyse(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Callable[..., Any]:
         nonlocal report
         _, found = passes.run(gm, options)
-        report = report.merge(Report(found.remarks, {}, _device(example_inputs)))
+        report = report.merge(Report(found.remarks, {}, device_name(example_inputs)))
         return gm.forward
 
     torch._dynamo.reset()

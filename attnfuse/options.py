@@ -32,7 +32,6 @@ class Options:
         Inductor's modes and config keys are checked but have no effect.
       dump: folder that receives the graph after each pass, as numbered readable files.
       verify: run each attention that was found against its replacement at compile time, at small sizes.
-      autotune: search for the fastest tile sizes and keep them on disk.
       inline_scores: up to how many scores a head (queries times keys) an attention of static size on the CPU is written out
         for Inductor instead of becoming a kernel's call; 0 for none.
       inductor_attention_patterns: let Inductor's own attention patterns loose on the graphs that attnfuse has analysed.
@@ -47,7 +46,6 @@ class Options:
     downstream: Downstream = "inductor"
     dump: str | None = None
     verify: bool = False
-    autotune: bool = False
     inline_scores: int = 1 << 14
     inductor_attention_patterns: bool = False
     inductor: dict[str, Any] = field(default_factory=dict, hash=False)
@@ -115,7 +113,6 @@ _OWN: dict[str, Callable[[str, object], object]] = {
     "downstream": _downstream,
     "dump": _folder,
     "verify": _boolean,
-    "autotune": _boolean,
     "inline_scores": _count,
     "inductor_attention_patterns": _boolean,
 }

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from types import CodeType, FrameType
+from types import CodeType, FrameType, ModuleType
 from typing import Any
 
 import pytest
@@ -76,6 +76,16 @@ def test_inductor_runs_the_rewritten_graph_with_every_entry_option() -> None:
         torch.testing.assert_close(out, expected)
         assert out.stride() == expected.stride()
         assert [r.code for r in report.remarks] == ["AF000"]
+
+
+def test_a_reset_of_dynamo_drops_recorded_cuda_graphs(monkeypatch: pytest.MonkeyPatch) -> None:
+    called: list[int] = []
+    trees = ModuleType("cudagraph_trees")
+    trees.reset_cudagraph_trees = lambda: called.append(1)  # type: ignore[attr-defined]
+    run(attention, *tensors(), options={"downstream": "eager"})
+    monkeypatch.setitem(sys.modules, "torch._inductor.cudagraph_trees", trees)
+    torch._dynamo.reset()
+    assert called
 
 
 def test_unknown_options_name_the_nearest() -> None:

@@ -66,7 +66,6 @@ def test_every_option_is_in_the_readme_or_its_docstring() -> None:
         "downstream",
         "dump",
         "verify",
-        "autotune",
         "inline_scores",
         "inductor_attention_patterns",
     }

@@ -26,7 +26,6 @@ def test_defaults() -> None:
         downstream="inductor",
         dump=None,
         verify=False,
-        autotune=False,
         inline_scores=1 << 14,
         inductor_attention_patterns=False,
         inductor={},
@@ -43,7 +42,6 @@ def test_own_keys_are_taken_and_kept_from_inductor(tmp_path: Path) -> None:
             "downstream": "aot_eager",
             "dump": tmp_path,
             "verify": True,
-            "autotune": True,
             "inline_scores": 64,
             "inductor-attention-patterns": True,
         },
@@ -53,7 +51,6 @@ def test_own_keys_are_taken_and_kept_from_inductor(tmp_path: Path) -> None:
         downstream="aot_eager",
         dump=str(tmp_path),
         verify=True,
-        autotune=True,
         inline_scores=64,
         inductor_attention_patterns=True,
     )

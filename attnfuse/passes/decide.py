@@ -12,10 +12,10 @@ import torch
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, source_line
 from attnfuse.passes.lift import LeafSource
-from attnfuse.passes.recognise import Site, score_layers
+from attnfuse.passes.recognise import Site
 from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
-from attnfuse.score import loads
+from attnfuse.score import Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Refusal, choose
 from attnfuse.templates.inline import Inline
@@ -45,7 +45,7 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     facts: dict[str, object] = {
         "shape": str(what.shape),
         "dtype": target.dtype,
-        "seen": (*site.seen[:1], *score_layers(what.spec.program), *site.seen[1:]),
+        "seen": (*site.seen[:1], *_score_layers(what.spec.program), *site.seen[1:]),
         "spec": str(what.spec),
         "training": target.training,
     }
@@ -85,6 +85,13 @@ def _is_plain(site: Site) -> bool:
     if site.anchor.args[3:4] not in ((), (None,)) or site.anchor.kwargs.get("attn_mask") is not None:
         return False
     return all(len(op.read) == 1 for op in (site.k, site.v))
+
+
+def _score_layers(program: Program) -> tuple[str, ...]:
+    """The score arithmetic and the masks, as layers seen between the score matmul and the softmax."""
+    body = str(program.body)
+    layers = [] if program.body == S else [body if len(body) <= 60 else f"{body[:57]}..."]
+    return (*layers, *(f"mask {tier.fill}" for tier in program.tiers))
 
 
 def _notes(site: Site, what: Meaning) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
 """Lifting: the element of a tensor at symbolic indices, as an expression of the score language.
 
 `Lifter.lift(node, index)` walks from a node towards the inputs, one small rule an operator, carrying the index through views:
-`arange` becomes its index, comparisons become comparisons, `mask[batch, key]` becomes a composition.  What has no rule is a
-`Load` of a leaf, which is always right.  The score matmul itself is offered to the site, which may claim it as `s`.
+`arange` becomes its index, comparisons become comparisons, `mask[batch, key]` becomes a composition.  What has no rule, or is
+computed in a type that rounds, wraps or overflows otherwise than a template would (`rules.check_type`), is a `Load` of a leaf:
+the value that the model itself computes.  The score matmul itself is offered to the site, which may claim it as `s`.
 
 A node whose storage is written anywhere is never looked through.
 """

@@ -66,7 +66,6 @@ class Site:
     nodes: tuple[fx.Node, ...]
     seen: tuple[str, ...] = ()
     is_sdpa: bool = False
-    notes: tuple[str, ...] = ()
 
 
 @dataclass
@@ -303,13 +302,6 @@ def _assembled(
         (found.node, *chain, *down.nodes, value.found.node),
         seen,
     )
-
-
-def score_layers(program: Program) -> tuple[str, ...]:
-    """The score arithmetic and the masks, as layers seen between the score matmul and the softmax."""
-    body = str(program.body)
-    layers = [] if program.body == S else [body if len(body) <= 60 else f"{body[:57]}..."]
-    return (*layers, *(f"mask {tier.fill}" for tier in program.tiers))
 
 
 def _between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
@@ -610,4 +602,4 @@ def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
     )
 
 
-__all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed", "score_layers"]
+__all__ = ["Layout", "Operand", "Site", "Sizes", "anchors", "layout", "recognise", "renamed"]
