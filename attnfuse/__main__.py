@@ -94,7 +94,7 @@ def _load(target: str) -> tuple[Callable[..., object], Sequence[object], Mapping
     needed = [
         p.name
         for p in inspect.signature(provide).parameters.values()
-        if p.default is p.empty and p.kind < p.VAR_POSITIONAL
+        if p.default is p.empty and p.kind not in (p.VAR_POSITIONAL, p.VAR_KEYWORD)
     ]
     if needed:
         raise UsageError(

@@ -110,6 +110,42 @@ def test_scores_are_rounded_where_the_models_own_matmul_rounds_them(called: bool
     assert re.findall(r"(\w+)\[2, 4, 6, 6\]\" = torch.ops.aten.matmul", after.read_text()) == [product]
 
 
+@pytest.mark.parametrize("default", [torch.float16, torch.bfloat16, torch.float64])
+def test_the_default_type_does_not_matter(default: torch.dtype) -> None:
+    spec = parse_spec("pad: bool[:, :]; s where pad[b, n] else +min")
+    q, k, v = qkv()
+    pad = padding(6)
+    pad[0] = False
+    expected = written_out(spec, q, k, v, (pad,))
+    torch.set_default_dtype(default)
+    try:
+        found = written_out(spec, q, k, v, (pad,))
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert found.dtype == torch.float32
+    assert torch.equal(found, expected)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_two_added_minima_are_infinite(dtype: torch.dtype) -> None:
+    spec = parse_spec("s where n < m else +min where n < m else +min")
+    out = written_out(spec, *qkv(dtype=dtype), ())
+    assert out[:, :, 0].isnan().all()
+    assert out[:, :, 1:].isfinite().all()
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_a_leaf_of_symbolic_size_becomes_an_operators() -> None:
+    def biased(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        distance = (torch.arange(6)[:, None] - torch.arange(6)).abs()
+        return (q @ k.mT + table[distance]).softmax(-1) @ v
+
+    table = torch.linspace(-1, 1, 11)
+    torch._dynamo.mark_dynamic(table, 0)
+    report = check(biased, *qkv(), table)
+    assert [r.template for r in report.remarks] == ["blocked"]
+
+
 def test_nothing_is_written_in_place() -> None:
     spec = parse_spec("5*tanh(s*0.125/5) + 1 where n <= m else +min")
     q, k, v = qkv()

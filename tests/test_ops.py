@@ -319,6 +319,15 @@ def test_attention_refuses_leaves_that_are_not_used_and_scores_that_are_no_text(
         attention(q, k, v, None)  # type: ignore[arg-type]
 
 
+def test_a_float_leaf_of_the_padding_has_a_gradient_of_zero() -> None:
+    q, k, v = operands()
+    keep = torch.ones(2, 20, requires_grad=True)
+    attention(q, k, v, "s*0.25 where keep[b, n] > 0.0 else -inf", keep=keep).sum().backward()
+    assert keep.grad is not None
+    assert not keep.grad.any()
+    assert q.grad is not None
+
+
 def test_attention_keeps_the_memory_order_of_q() -> None:
     q, k, v = operands(grad=False)
     assert attention(q, k, v, "s").transpose(1, 2).is_contiguous()

@@ -33,6 +33,8 @@ TIMES = 1.7e9 + torch.arange(120, dtype=torch.float64).view(2, 60) * 0.3
 IDS = torch.tensor([[0, 256, 1, 257, 2, 3], [2**32, 0, 1, 2**32 + 1, 5, 5]])
 SENTINEL = torch.tensor([[2**31 - 1, 1, 2, 3, 4, 5]] * 2, dtype=torch.int32)
 
+EIGHTS = torch.tensor([[100, 1, 2, 120, 5, 6]] * 2, dtype=torch.int8)
+
 CONDITIONS: dict[str, tuple[Tensor, Condition]] = {
     "rounded to bf16": (POSITIONS, compared(lambda t: t.bfloat16())),
     "rounded and widened": (THOUSANDS, compared(lambda t: t.bfloat16().float(), torch.eq)),
@@ -65,6 +67,12 @@ CONDITIONS: dict[str, tuple[Tensor, Condition]] = {
         lambda t: torch.add(t[:, None, :, None], t[:, None, None, :], alpha=2) < 0,
     ),
     "constants in int8": (IDS, lambda t: (torch.full((6,), 100, dtype=torch.int8) * 2 < 0) & (torch.arange(6) > 2)),
+    "compared in int8": (EIGHTS, lambda t: over_keys(t)[0] < torch.tensor(300)),
+    "a large constant": (IDS, lambda t: (torch.full((6,), 2**62) * 4 == 0) & (torch.arange(6) > 2)),
+    "truth in float64": (
+        torch.tensor([[0.0, 1e-50, 1.0, 0.0, 2.0, 1e-60]] * 2, dtype=torch.float64),
+        lambda t: ~over_keys(t.bool())[0],
+    ),
     "a large constant in int32": (
         IDS,
         lambda t: torch.gt(*(torch.arange(6, dtype=torch.int32) + (2**31 - 3)).view(1, 6).expand(2, 6).unbind()),
@@ -125,6 +133,35 @@ def test_a_constant_of_the_size_of_finfo_min_moves_it() -> None:
     check(moved, *qkv(), gradients=False)
 
 
+def test_a_number_filled_into_a_type_that_rounds_it() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, x: Tensor, limit: Tensor) -> Tensor:
+        allowed = x <= torch.full((6,), limit.item(), dtype=torch.bfloat16)
+        return (q @ k.mT).masked_fill(~allowed, -1e9).softmax(-1) @ v
+
+    x = torch.tensor([0.1, 0.2, 0.1, 0.05, 0.3, 0.1], dtype=torch.bfloat16)
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        check(masked, *qkv(), x, torch.tensor(0.1), gradients=False)
+
+
+def test_a_bias_that_overflows_float16_beside_its_least_value() -> None:
+    def masked(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        added = bias.half() + torch.where(torch.arange(6)[:, None] > 2, -65504.0, 0.0).to(torch.float16)
+        return (q @ k.mT + added.to(q.dtype)).softmax(-1) @ v
+
+    check(masked, *qkv(dtype=torch.float16), torch.full((6, 6), -100), gradients=False)
+
+
+def test_an_alpha_that_keeps_a_product_within_float16() -> None:
+    def scaled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        flat = [x.flatten(0, 1) for x in (q, k, v)]
+        return torch.baddbmm(bias, flat[0], flat[1].mT, alpha=0.125).softmax(-1) @ flat[2]
+
+    q, k, v = qkv(D=64, dtype=torch.float16)
+    q, k = (torch.full_like(x, 40.0) + x for x in (q, k))
+    bias = torch.where(torch.arange(6)[:, None] >= torch.arange(6), 0.0, -1e4).half().expand(8, 6, 6)
+    check(scaled, q, k, v, bias, gradients=False)
+
+
 @pytest.mark.parametrize("options", [{"padding_idx": 1}, {"scale_grad_by_freq": True}])
 def test_gradients_of_embeddings_that_are_no_plain_sums(options: dict[str, Any]) -> None:
     class Relative(nn.Module):
@@ -166,6 +203,18 @@ def test_no_gradient_goes_through_item() -> None:
         compiled(q.requires_grad_(), k, v).sum().backward()
     assert q.grad is not None
     assert model.temperature.grad is None
+
+
+@pytest.mark.parametrize("use", ["scale of a call", "limit of a comparison"])
+def test_numbers_taken_out_of_tensors(use: str) -> None:
+    def attention(q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Tensor) -> Tensor:
+        if use == "scale of a call":
+            return F.scaled_dot_product_attention(q, k, v, scale=t.item())
+        return (q @ k.mT).masked_fill(x > t.item(), -1e9).softmax(-1) @ v
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        x = torch.linspace(0, 1, 6).bfloat16()
+        check(attention, *qkv(), torch.tensor(0.3, requires_grad=False), x, gradients=False)
 
 
 @pytest.mark.parametrize("dtype", [torch.uint16, torch.float8_e4m3fn])

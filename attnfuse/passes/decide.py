@@ -10,7 +10,7 @@ from dataclasses import dataclass
 
 import torch
 
-from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, source_line
+from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, shape, source_line
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.recognise import Site
 from attnfuse.passes.spell import Meaning, meaning
@@ -65,7 +65,8 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
 
 def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
     q = fake(site.q.node)
-    static = not what.sizes and all(isinstance(size, int) for size in dataclasses.astuple(site.sizes))
+    sizes = [*dataclasses.astuple(site.sizes), *(size for leaf in what.leaves for size in shape(leaf.node))]
+    static = not what.sizes and all(isinstance(size, int) for size in sizes)
     outermost = site.scope
     while outermost.outer is not None:
         outermost = outermost.outer

@@ -117,20 +117,37 @@ class Scope:
         """Whether a tensor may ask for a gradient, as far as the graph's inputs say (fake values of a retrace do not)."""
         if not is_tensor(node) or not fake(node).dtype.is_floating_point:
             return False
-        known = self._may_require_grad.get(node)
-        if known is None:
-            if node in self.bindings and self.outer is not None:
-                known = self.outer.may_require_grad(self.bindings[node])
-            elif node.op == "placeholder":
-                given = node.meta.get("example_value")
-                known = not isinstance(given, torch.Tensor) or given.requires_grad
-            elif node.op == "get_attr":
-                known = False
-            else:
-                plain = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
-                known = not plain or any(map(self.may_require_grad, node.all_input_nodes))
-            self._may_require_grad[node] = known
-        return known
+        todo = [node]
+        while todo:
+            at = todo[-1]
+            if at in self._may_require_grad:
+                todo.pop()
+                continue
+            inputs = [x for x in at.all_input_nodes if is_tensor(x) and fake(x).dtype.is_floating_point]
+            known = self._asks_for_grad(at)
+            if known is None:
+                unknown = [x for x in inputs if x not in self._may_require_grad]
+                if unknown:
+                    todo.extend(unknown)
+                    continue
+                known = any(self._may_require_grad[x] for x in inputs)
+            self._may_require_grad[todo.pop()] = known
+        return self._may_require_grad[node]
+
+    def _asks_for_grad(self, node: fx.Node) -> bool | None:
+        """What a node says of itself; None if its inputs decide."""
+        if node in self.bindings and self.outer is not None:
+            return self.outer.may_require_grad(self.bindings[node])
+        if node.op == "placeholder":
+            given = node.meta.get("example_value")
+            return not isinstance(given, torch.Tensor) or given.requires_grad
+        if node.op == "get_attr":
+            held: Any = self.module
+            for name in str(node.target).split("."):
+                held = getattr(held, name)
+            return not isinstance(held, torch.Tensor) or held.requires_grad
+        plain = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
+        return None if plain else True
 
     def current(self, node: fx.Node) -> fx.Node:
         """The node, or what has taken its place."""

@@ -101,7 +101,7 @@ def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
     return len(fills) == 1 and not any("n" in free_vars(load) for load in _added_loads(body))
 
 
-# Half a unit in the last place of float32's least value: what is smaller is lost when added to it.
+# Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.
 _ABSORBED: Final = 2.0**100
 
 

@@ -16,7 +16,7 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
-from attnfuse.passes.index import Digit, Index, Size, index_of, piece, product, same
+from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, piece, product, same
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import Descent, Miss, Valued, descend, program_of, score_input, valued
 from attnfuse.passes.views import broadcast, through_view
@@ -66,6 +66,8 @@ class Site:
     nodes: tuple[fx.Node, ...]
     seen: tuple[str, ...] = ()
     is_sdpa: bool = False
+    rounded: bool = False
+    """Whether the model itself rounds q·kᵀ, with nothing multiplied or added before, to `dtype`."""
 
 
 @dataclass
@@ -301,6 +303,7 @@ def _assembled(
         fake(found.node).dtype,
         (found.node, *chain, *down.nodes, value.found.node),
         seen,
+        rounded=found.alpha == 1 and (found.added is None or found.beta == 0),
     )
 
 
@@ -476,7 +479,11 @@ def _from_sdpa(scope: Scope, node: fx.Node) -> Site:
         raise Miss("AF033", node, f"a head dimension of symbolic size {depth}")
     scale = args["scale"]
     scale = 1 / math.sqrt(depth) if scale is None else scale
-    body = call("mul", S, scope.lifter.scalar(float(scale) if isinstance(scale, int | float) else scale))
+    try:
+        factor = scope.lifter.scalar(float(scale) if isinstance(scale, int | float) else scale)
+    except Unliftable as error:
+        raise Miss("AF024", node, f"the scale is {error}") from error
+    body = call("mul", S, factor)
     program = _sdpa_program(scope, body, mask, axes, args["is_causal"], fake(node).dtype)
     p = args["dropout_p"]
     p = p.meta.get("val") if isinstance(p, fx.Node) else p

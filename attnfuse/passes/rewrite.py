@@ -119,7 +119,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
     free = None if written else _is_made_contiguous(site.out)
     if isinstance(form, Inline):
         leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
-        out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=not site.is_sdpa)
+        out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=site.rounded)
         placed = _like_original(emit, out, site, order, free)
     elif form is not None:
         grouped = not same(shape(q)[1], shape(k)[1])

@@ -114,13 +114,15 @@ def check_type(expr: Expr, dtype: torch.dtype, computed_in: torch.dtype) -> None
     if dtype.is_floating_point:
         if dtype != computed_in and not _exact(expr, dtype):
             raise Unliftable(f"arithmetic in {dtype}, which rounds otherwise than {computed_in}")
-    elif dtype not in (torch.bool, torch.int64):
-        large = any(
-            (isinstance(e, Call) and e.op == "mul") or (isinstance(e, Const) and abs(e.value) > _LARGE)
-            for e in walk(expr)
-        )
-        if dtype != torch.int32 or loads(expr) or large:
-            raise Unliftable(f"arithmetic in {dtype}, which may wrap around")
+    elif dtype not in (torch.bool, torch.int64) and (dtype != torch.int32 or loads(expr) or _is_large(expr)):
+        raise Unliftable(f"arithmetic in {dtype}, which may wrap around")
+
+
+def _is_large(expr: Expr) -> bool:
+    """Whether an expression of positions may be beyond the range of int32."""
+    return any(
+        (isinstance(e, Call) and e.op == "mul") or (isinstance(e, Const) and abs(e.value) > _LARGE) for e in walk(expr)
+    )
 
 
 def _exact(expr: Expr, dtype: torch.dtype) -> bool:
@@ -131,8 +133,8 @@ def _exact(expr: Expr, dtype: torch.dtype) -> bool:
     if expr.op == "float":
         return dtype not in _LOW_PRECISION and not loads(expr)
     if expr.op == "add":
-        huge = torch.finfo(dtype).max / 2
-        # nothing is added, or what leaves no digit of the other
+        # nothing is added, or what leaves no digit of the other; float16 has nothing that large
+        huge = torch.finfo(dtype).max / 2 if dtype != torch.float16 else math.inf
         kept = any(_is_choice(a) and all(c == 0 or abs(c) >= huge for c in _choices(a)) for a in parts)
         return kept and all(_exact(a, dtype) for a in parts)
     if expr.op == "where":
@@ -151,7 +153,8 @@ def rounded(expr: Expr, dtype: torch.dtype) -> Expr:
     """Constants as they are after a cast: rounded to a low precision, infinite beyond any type's range (finfo(float32).min is -inf
     in bfloat16), wrapped around in a narrow integer type."""
     if isinstance(expr, Const) and type(expr.value) is int and not dtype.is_floating_point and dtype != torch.bool:
-        return Const(int(torch.tensor(expr.value).to(dtype)))
+        info = torch.iinfo(dtype)
+        return Const((expr.value - info.min) % 2**info.bits + info.min)
     if isinstance(expr, Const) and type(expr.value) is float:
         cast = float(torch.tensor(expr.value, dtype=torch.float64).to(dtype))
         return Const(cast) if dtype in _LOW_PRECISION or math.isinf(cast) else expr
@@ -274,7 +277,7 @@ def _clamp(at: At) -> Expr:
     # written as choices: at a tie the gradient of clamp passes whole, that of min and max is halved
     for name, op in (("min", "lt"), ("max", "gt")):
         if args.get(name) is not None:
-            limit = converted(at.operand(args[name]), kind(args[name]), result)
+            limit = rounded(converted(at.operand(args[name]), kind(args[name]), result), at.dtype)
             out = call("where", call(op, out, limit), limit, out)
     return out
 
@@ -288,6 +291,8 @@ def _compare(at: At) -> Expr:
     operands = [at.operand(x) for x in sides]
     if common == "float":
         operands = _compared_as(at, sides, operands)
+    elif common == "int":
+        _check_integers(sides, operands)
     left, right = (converted(e, k, common) for e, k in zip(operands, kinds, strict=True))
     if common == "bool":
         if at.name in ("eq", "ne"):
@@ -296,16 +301,32 @@ def _compare(at: At) -> Expr:
     return call(at.name, left, right)
 
 
+def _result_type(sides: Sequence[Any]) -> torch.dtype:
+    """The type in which an operation on tensors and numbers is done."""
+    a, b = (fake(x) if is_tensor(x) else x.meta["val"] if isinstance(x, fx.Node) else x for x in sides)
+    return torch.result_type(a, b)
+
+
+def _check_integers(sides: Sequence[Any], operands: Sequence[Expr]) -> None:
+    """Refuses a comparison of integers that wraps one of them around: a tensor's type wins over that of a number."""
+    dtype = _result_type(sides)
+    for x, e in zip(sides, operands, strict=True):
+        if isinstance(e, Const):
+            fits = rounded(Const(int(e.value)), dtype) == Const(int(e.value))
+        else:
+            fits = dtype == torch.int64 or (is_tensor(x) and torch.promote_types(fake(x).dtype, dtype) == dtype)
+        if not fits:
+            raise Unliftable(f"a comparison in {dtype}, which may wrap around")
+
+
 def _compared_as(at: At, sides: Sequence[Any], operands: Sequence[Expr]) -> list[Expr]:
     """The sides of a comparison of floats in the type in which it is done; refused where templates cannot compare in it."""
-    dtype = torch.result_type(
-        *(fake(x) if is_tensor(x) else x.meta["val"] if isinstance(x, fx.Node) else x for x in sides)
-    )
+    dtype = _result_type(sides)
     low = dtype in _LOW_PRECISION
     for x, e in zip(sides, operands, strict=True):
         if isinstance(e, Const) or _is_choice(e):
             continue
-        if low and (not isinstance(e, Load) or fake(x).dtype != dtype):
+        if low and not (isinstance(e, Load) and is_tensor(x) and fake(x).dtype == dtype):
             raise Unliftable("a comparison of values that were rounded to a low precision")
         if torch.promote_types(dtype, at.lifter.computed_in) != at.lifter.computed_in and (
             loads(e) or "s" in free_vars(e)
@@ -322,6 +343,20 @@ def _unequal(a: Expr, b: Expr) -> Expr:
     return call("or", call("and", a, call("not", b)), call("and", call("not", a), b))
 
 
+def _truth(at: At, arg: Any) -> Expr:
+    """An operand as a truth value."""
+    _check_truth(at, arg)
+    return converted(at.operand(arg), kind(arg), "bool")
+
+
+def _check_truth(at: At, arg: Any) -> None:
+    """Refuses to ask whether a float is zero that a template would read in fewer digits."""
+    if is_tensor(arg) and kind(arg) == "float":
+        dtype, computed_in = fake(arg).dtype, at.lifter.computed_in
+        if torch.promote_types(dtype, computed_in) != computed_in:
+            raise Unliftable(f"the truth of {dtype}, which has more digits than {computed_in}")
+
+
 _LOGIC: Final = {
     "logical_and": "and",
     "bitwise_and": "and",
@@ -336,7 +371,7 @@ def _logic(at: At) -> Expr:
     sides = (args["self"], args["other"])
     if at.kind != "bool" or ("logical" not in at.name and any(kind(x) != "bool" for x in sides)):
         raise Unliftable("bits of integers")
-    left, right = (converted(at.operand(x), kind(x), "bool") for x in sides)
+    left, right = (_truth(at, x) for x in sides)
     return call(_LOGIC[at.name], left, right)
 
 
@@ -346,7 +381,7 @@ def _exclusive(at: At) -> Expr:
     sides = (args["self"], args["other"])
     if at.kind != "bool" or ("logical" not in at.name and any(kind(x) != "bool" for x in sides)):
         raise Unliftable("bits of integers")
-    left, right = (converted(at.operand(x), kind(x), "bool") for x in sides)
+    left, right = (_truth(at, x) for x in sides)
     return _unequal(left, right)
 
 
@@ -355,7 +390,7 @@ def _not(at: At) -> Expr:
     source = at.args["self"]
     if at.name == "bitwise_not" and kind(source) != "bool":
         raise Unliftable("bits of integers")
-    return call("not", converted(at.operand(source), kind(source), "bool"))
+    return call("not", _truth(at, source))
 
 
 def _choice(at: At, condition: Any, a: Any, b: Any) -> Expr:
@@ -388,14 +423,18 @@ def _cast(at: At) -> Expr:
     assert isinstance(source, fx.Node)
     if at.name == "detach" and at.dtype.is_floating_point:
         raise Unliftable("a detached value")
+    if fake(source).device != fake(at.node).device:
+        raise Unliftable(f"a copy from {fake(source).device}")
     if fake(source).dtype == at.dtype:
         return at.lift(source)
     expr = converted(at.lift(source), kind(source), at.kind)
     if not isinstance(expr, Const) and not _is_choice(expr):
         before = fake(source).dtype
         widened = before == torch.bool or torch.promote_types(before, at.dtype) == at.dtype
-        if at.kind == "int" and not widened:
+        if at.kind == "int" and not widened and (at.dtype != torch.int32 or loads(expr) or _is_large(expr)):
             raise Unliftable(f"a cast to {at.dtype}, which may wrap around")
+        if at.kind == "bool":
+            _check_truth(at, source)
         if at.kind == "float" and "s" not in free_vars(expr):
             if not widened or (at.dtype in _LOW_PRECISION and not before.is_floating_point):
                 raise Unliftable(f"a value rounded to {at.dtype}")
@@ -442,6 +481,8 @@ def _filled(at: At) -> Expr:
     dtype = at.dtype
     constant = at.lifter.scalar(given)
     if not isinstance(constant, Const):
+        if dtype not in (torch.int64, at.lifter.computed_in):
+            raise Unliftable(f"a number filled into {dtype}, which may round or wrap around")
         return converted(constant, kind(given), at.kind)
     if dtype == torch.bool:
         return Const(bool(constant.value))

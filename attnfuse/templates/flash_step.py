@@ -52,10 +52,10 @@ def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
 @cache
 def takes_groups() -> bool:
     """Whether this torch's kernel reads KV head h // group for query head h, and sums their gradients; it is not documented."""
-    q = torch.linspace(-1, 1, 1 * 4 * 3 * 8).view(1, 4, 3, 8)
-    k, v = q[:, :2] * 0.5, q[:, 2:].flip(2)
-    expanded = [x.repeat_interleave(2, 1) for x in (k, v)]
     try:
+        q = torch.linspace(-1, 1, 1 * 4 * 3 * 8, dtype=torch.float32, device="cpu").view(1, 4, 3, 8)
+        k, v = q[:, :2] * 0.5, q[:, 2:].flip(2)
+        expanded = [x.repeat_interleave(2, 1) for x in (k, v)]
         out, lse = _FORWARD(q, k, v)
         grads = _BACKWARD(q, q, k, v, out, lse, 0.0, False)
     except RuntimeError:
@@ -311,10 +311,11 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
 
 def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
     """The wanted gradients by one call of the kernel, where that is the whole call."""
-    found = None if cotangents.dlse is not None or cotangents.dout is None else _serves(inputs)
+    if cotangents.dlse is not None or cotangents.dout is None or any(cotangents.needs[3:]):
+        return None
+    found = _serves(inputs)
     if found is None:
         return None
-    assert cotangents.dout is not None
     given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
     grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, scale=found.scale)
     return [

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from functools import lru_cache
-from typing import Final, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -16,8 +16,6 @@ from torch import Tensor
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
-
-_MIN: Final = torch.finfo(torch.float32).min
 
 
 class Inline:
@@ -85,14 +83,15 @@ def written_out(
     x = _cells(compiled.body(block, scores)[0], scores).to(dtype)
     if x.shape != scores.shape:
         x = x.expand(scores.shape)
+    least = torch.finfo(dtype).min
     fills = [tier.fill for tier in spec.program.tiers]
     for fill, value in zip(fills, compiled.allowed(block), strict=True):
         allowed = _cells(value, scores, torch.bool)
         if fill == "+min":
             # added, so that the score keeps its gradient where a whole row is masked
-            x = x + torch.where(allowed, 0.0, _MIN)
+            x = x + torch.where(allowed, 0.0, _cells(least, scores))
         else:
-            x = torch.where(allowed, x, _MIN if fill == "=min" else -torch.inf)
+            x = torch.where(allowed, x, least if fill == "=min" else -torch.inf)
     if "0row" in fills:
         empty = (x == -torch.inf).all(-1, keepdim=True)
         weights = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, x), -1))
