@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates.inline import written_out
+from attnfuse.templates.base import Target
+from attnfuse.templates.inline import Inline, written_out
 from tests.harness import check, qkv, report_of
 from tests.strategies import Case, cases
 from tests.test_blocked import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, made, values_of
@@ -64,6 +66,23 @@ def test_up_to_how_many_scores(length: int, limit: int | None, code: str) -> Non
     options = {} if limit is None else {"inline_scores": limit}
     report = check(causal, *qkv(M=length), padding(length), options=options)
     assert [r.code for r in report.remarks] == [code]
+
+
+@pytest.mark.parametrize(
+    ("text", "change", "reason"),
+    [
+        ("s", {"inline_scores": 35}, "36 scores a head, written out up to 35"),
+        ("s", {"device": "cuda"}, "device cuda"),
+        ("s", {"lse": True}, "lse asked for"),
+        ("dropout 0.5; s", {}, "dropout 0.5"),
+        ("sinks: f32[:]; s sink sinks[h]", {}, "a sink"),
+    ],
+)
+def test_what_is_not_written_out(text: str, change: dict[str, Any], reason: str) -> None:
+    shape, target = Shape(1, 1, 1, 6, 6, 4, 4), Target("cpu", inline_scores=36)
+    assert Inline().reasons_against(parse_spec("s"), shape, target) == ()
+    (found,) = Inline().reasons_against(parse_spec(text), shape, target._replace(**change))
+    assert found.startswith(reason)
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)

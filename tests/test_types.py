@@ -205,6 +205,13 @@ def test_no_gradient_goes_through_item() -> None:
     assert model.temperature.grad is None
 
 
+def test_a_mask_that_is_its_own_condition_keeps_its_gradient() -> None:
+    def filled(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias.masked_fill(bias.bool(), -1.0)).softmax(-1) @ v
+
+    check(filled, *qkv(), (torch.arange(36.0) % 3).view(6, 6))
+
+
 @pytest.mark.parametrize("use", ["scale of a call", "limit of a comparison"])
 def test_numbers_taken_out_of_tensors(use: str) -> None:
     def attention(q: Tensor, k: Tensor, v: Tensor, t: Tensor, x: Tensor) -> Tensor:
