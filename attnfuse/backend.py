@@ -1,12 +1,14 @@
 """`torch.compile(..., backend="attnfuse")`: run the passes, hand the graph on, never break a user's program.
 
 The only file that touches Inductor.  A graph in which nothing was rewritten is handed on as Dynamo's original object; one whose
-rewritten form raises downstream is compiled from the original, with a remark.
+rewritten form raises downstream is compiled from the original, with a remark.  A backward is compiled when it is first needed,
+after its forward ran; where that raises, the backward graph is run operator by operator.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import json
 import logging
 import sys
@@ -68,19 +70,23 @@ def attnfuse(
         _publish(report, chosen)
         return _downstream(gm, example_inputs, chosen, analysed=analysed)
     try:
-        compiled = _downstream(graph, example_inputs, chosen, analysed=True)
+        compiled = _downstream(graph, example_inputs, chosen, analysed=True, rewritten=True)
     except torch._dynamo.exc.RestartAnalysis:
         raise
     except Exception as error:
         if chosen.strict:
             raise
         log.debug("the rewritten graph raised downstream", exc_info=True)
-        text = str(error).strip().splitlines()
-        failed = Remark.of("AF043", error=f"{type(error).__name__}: {text[0] if text else ''}")
+        failed = Remark.of("AF043", error=_described(error))
         _publish(Report((failed,), report.versions, report.device), chosen)
         return _downstream(gm, example_inputs, chosen, analysed=True)
     _publish(report, chosen)
     return compiled
+
+
+def _described(error: Exception) -> str:
+    text = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {text[0] if text else ''}"
 
 
 def _reset() -> None:
@@ -135,12 +141,15 @@ def _hand_out(report: Report, options: Options) -> None:
     )
 
 
-def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, analysed: bool) -> Compiled:
+def _downstream(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, *, analysed: bool, rewritten: bool = False
+) -> Compiled:
     """Compiles a graph with what `options.downstream` names.
 
     Args:
         analysed: attnfuse has judged every attention in the graph, so that Inductor's attention patterns, which ignore axes and
             fill values, have no more say in it.
+        rewritten: the graph is not the user's, so that a failure of its backward is ours to mend.
     """
     if options.downstream == "eager":
         return gm.forward
@@ -151,13 +160,55 @@ def _downstream(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Opti
     patches = dict(options.inductor)
     if analysed and not options.inductor_attention_patterns:
         patches |= _without_attention_patterns(patches)
-    return _inductor(gm, example_inputs, patches)
+    if not rewritten or options.strict:
+        return _inductor(gm, example_inputs, patches)
+
+    def failed(error: Exception, inputs: Sequence[Any]) -> None:
+        log.debug("the backward of the rewritten graph raised downstream", exc_info=True)
+        remark = Remark.of("AF045", error=_described(error))
+        _publish(Report((remark,), versions(), device_name(inputs)), options)
+
+    return _inductor(gm, example_inputs, patches, failed)
 
 
-def _inductor(gm: fx.GraphModule, example_inputs: Sequence[Any], patches: dict[str, Any]) -> Compiled:
-    from torch._inductor.compile_fx import compile_fx
+def _inductor(
+    gm: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    patches: dict[str, Any],
+    backward_failed: Callable[[Exception, Sequence[Any]], None] | None = None,
+) -> Compiled:
+    """Compiles with Inductor; given `backward_failed`, it is told of a backward that raises, which then runs as it stands."""
+    from torch._functorch._aot_autograd.autograd_cache import BypassAOTAutogradCache
+    from torch._inductor.compile_fx import compile_fx, compile_fx_inner
+    from torch._inductor.output_code import OutputCode
 
-    return cast(Compiled, compile_fx(gm, example_inputs, config_patches=patches))
+    if backward_failed is None:
+        return cast(Compiled, compile_fx(gm, example_inputs, config_patches=patches))
+
+    class AsItStands(OutputCode):
+        """What Inductor returns for a graph, but run operator by operator, and never cached."""
+
+        def __init__(self, part: fx.GraphModule) -> None:
+            self.part = part
+            self._boxed_call = True
+
+        def __call__(self, inputs: Sequence[Any]) -> Any:
+            return self.part(*inputs)
+
+        def prepare_for_serialization(self) -> None:
+            raise BypassAOTAutogradCache("the backward is not compiled")
+
+    def compile_part(part: fx.GraphModule, inputs: Sequence[Any], **kwargs: Any) -> Any:
+        if not kwargs.get("is_backward"):
+            return compile_fx_inner(part, inputs, **kwargs)
+        untouched = fx.GraphModule(part, copy.deepcopy(part.graph))
+        try:
+            return compile_fx_inner(part, inputs, **kwargs)
+        except Exception as error:
+            backward_failed(error, inputs)
+            return AsItStands(untouched)
+
+    return cast(Compiled, compile_fx(gm, example_inputs, inner_compile=compile_part, config_patches=patches))
 
 
 def _without_attention_patterns(patches: Mapping[str, Any]) -> dict[str, Any]:

@@ -189,6 +189,14 @@ CODES: Final[dict[str, Code]] = {
         "With options={'verify': True} both ran at small sizes and differ by too much. It was left as it was.",
         "Please report it with the model or the graph that options={'dump': DIR} writes.",
     ),
+    "AF045": Code(
+        "failed",
+        "the backward graph could not be compiled",
+        "Inductor raised when the backward was first needed, after the forward had run. The backward graph runs operator by"
+        " operator instead: the gradients are right, it is slower.",
+        "Please report it with the error; options={'strict': True} raises it with its traceback.",
+        "graph",
+    ),
     "AF050": Code(
         "note",
         "the mask comes from outside the graph",
@@ -351,7 +359,9 @@ class Report:
         text = f"{_count(len(sites), 'attention')}: " if sites else "no attention found"
         text += ", ".join(f"{count} {kind}" for kind, count in counts if count)
         graphs = len(self.remarks) - len(sites)
-        return text + (f"; {_count(graphs, 'graph')} compiled as stock" if graphs else "")
+        backward = sum(remark.code == "AF045" for remark in self.remarks)
+        text += f"; {_count(graphs - backward, 'graph')} compiled as stock" if graphs > backward else ""
+        return text + (f"; {_count(backward, 'backward')} not compiled" if backward else "")
 
     def merge(self, *others: Self) -> Self:
         """This report and the others as one; versions and device are those of the first that has them."""

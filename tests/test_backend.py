@@ -12,12 +12,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from types import CodeType, FrameType, ModuleType
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
 from torch import Tensor
 from torch._dynamo.utils import counters
+from torch._inductor import compile_fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
@@ -206,17 +207,74 @@ def test_what_raises_downstream_compiles_from_the_original(monkeypatch: pytest.M
     args = tensors()
     real = backend._inductor
 
-    def fails_on_ours(gm: torch.fx.GraphModule, example_inputs: Any, patches: Any) -> Any:
+    def fails_on_ours(gm: torch.fx.GraphModule, *args: Any) -> Any:
         if any("attnfuse" in str(n.target) for n in gm.graph.nodes):
-            real(gm, example_inputs, patches)  # so that the graph is used up, as it is after a failure inside Inductor
+            real(gm, *args)  # so that the graph is used up, as it is after a failure inside Inductor
             raise RuntimeError("injected downstream")
-        return real(gm, example_inputs, patches)
+        return real(gm, *args)
 
     monkeypatch.setattr(backend, "_inductor", fails_on_ours)
     out, report = run(attention, *args, options={"inline_scores": 0})
     torch.testing.assert_close(out, attention(*args))
     assert [r.code for r in report.remarks] == ["AF043"]
     assert "injected downstream" in str(report)
+
+
+def _training_step(fn: Callable[..., Tensor], args: tuple[Tensor, ...]) -> list[Tensor]:
+    q, k, v, pad = args
+    leaves = [x.clone().requires_grad_() for x in (q, k, v)]
+    fn(*leaves, pad).square().sum().backward()
+    return [cast(Tensor, x.grad) for x in leaves]
+
+
+def _backward_that_fails(monkeypatch: pytest.MonkeyPatch) -> None:
+    """From here on, Inductor raises on every backward, after its passes have changed the graph."""
+    real = compile_fx._compile_fx_inner
+
+    def inner(gm: torch.fx.GraphModule, inputs: Any, **kwargs: Any) -> Any:
+        done = real(gm, inputs, **kwargs)
+        if kwargs.get("is_backward"):
+            raise RuntimeError("injected into the backward")
+        return done
+
+    monkeypatch.setattr(compile_fx, "_compile_fx_inner", inner)
+
+
+@pytest.mark.lenient
+@pytest.mark.parametrize("inline_scores", [0, 16384])
+@pytest.mark.parametrize("bundled", [False, True])
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_a_backward_that_raises_downstream_runs_as_it_stands(
+    monkeypatch: pytest.MonkeyPatch, inline_scores: int, bundled: bool, dynamic: bool, tmp_path: Path
+) -> None:
+    expected = _training_step(attention, tensors())
+    _backward_that_fails(monkeypatch)
+    monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    with listening(reports.append), torch._functorch.config.patch(bundled_autograd_cache=bundled):
+        compiled = torch.compile(
+            attention, backend="attnfuse", dynamic=dynamic, options={"inline_scores": inline_scores}
+        )
+        for _ in range(2):
+            for got, want in zip(_training_step(compiled, tensors()), expected, strict=True):
+                torch.testing.assert_close(got, want)
+    report = Report(()).merge(*reports)
+    assert {r.code for r in report.remarks} == {"AF045", "AF011" if inline_scores and not dynamic else "AF000"}
+    assert "injected into the backward" in str(report)
+
+
+def test_a_backward_that_raises_is_the_users_own_where_nothing_was_rewritten(monkeypatch: pytest.MonkeyPatch) -> None:
+    _backward_that_fails(monkeypatch)
+    compiled = torch.compile(lambda q, k, v, pad: torch.sin(q @ k.transpose(-1, -2)) @ v, backend="attnfuse")
+    with pytest.raises(Exception, match="injected into the backward"):
+        _training_step(compiled, tensors())
+
+
+def test_strict_raises_on_a_failing_backward(monkeypatch: pytest.MonkeyPatch) -> None:
+    _backward_that_fails(monkeypatch)
+    with pytest.raises(Exception, match="injected into the backward"):
+        _training_step(torch.compile(attention, backend="attnfuse", options={"strict": True}), tensors())
 
 
 def test_strict_raises_what_went_wrong(monkeypatch: pytest.MonkeyPatch) -> None:
