@@ -1,4 +1,5 @@
-"""`python -m attnfuse`: `explain FILE.py[:fn]` reports on a program, `env` on the installation, `codes` lists remarks.
+"""`python -m attnfuse`: `explain FILE.py[:fn]` reports on a program, `env` on the installation, `templates` on what the Triton
+kernels compile to; `codes` lists remarks.
 
 `env` has to print whatever is broken, so only the standard library is imported here, and what may crash (importing
 torch, asking for a GPU) runs in processes of its own.
@@ -39,6 +40,18 @@ def main(arguments: Sequence[str] | None = None) -> int:
     explain.add_argument("target", metavar="FILE.py[:fn]", help="fn is the function's name (default: main)")
     explain.add_argument("--json", action="store_true", help="print the report as JSON")
     commands.add_parser("env", help="print what attnfuse runs on, for bug reports")
+    templates = commands.add_parser(
+        "templates",
+        help="print what the Triton kernels compile to",
+        description="Compiles the kernels, forward and backward, for each architecture, without a GPU: registers, spilled "
+        "bytes, shared memory, matrix instruction.",
+    )
+    templates.add_argument("--arch", action="append", help="sm_80, sm_90, sm_100 or gfx942 (default: all)")
+    templates.add_argument(
+        "--case", action="append", help="full, causal, window, padded, softcap or alibi (default: causal)"
+    )
+    templates.add_argument("--dtype", action="append", help="bf16, f16 or f32 (default: bf16)")
+    templates.add_argument("--depth", action="append", type=int, help="head dimensions (default: 64, 128 and 256)")
     commands.add_parser("codes", help="print every remark code with its cause and cure, as Markdown")
     parsed = parser.parse_args(arguments)
     try:
@@ -46,6 +59,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             print_environment(sys.stdout)
         elif parsed.command == "codes":
             print(codes_text())
+        elif parsed.command == "templates":
+            print(templates_text(parsed.arch, parsed.case, parsed.dtype, parsed.depth))
         else:
             print(explain_text(parsed.target, as_json=parsed.json))
         sys.stdout.flush()
@@ -75,6 +90,41 @@ def explain_text(target: str, *, as_json: bool = False) -> str:
     call, args, kwargs = _load(target)
     report = attnfuse.explain(call, *args, **kwargs)
     return report.to_json(indent=2) if as_json else str(report)
+
+
+def templates_text(
+    archs: Sequence[str] | None, cases: Sequence[str] | None, dtypes: Sequence[str] | None, depths: Sequence[int] | None
+) -> str:
+    """What the Triton kernels compile to, as a table.
+
+    Raises:
+        UsageError: a name that is not known, or no triton.
+    """
+    from attnfuse.templates import compiled
+
+    known = {case.name: case for case in compiled.CASES}
+    for what, given, names in (
+        ("architecture", archs, compiled.ARCHITECTURES),
+        ("case", cases, tuple(known)),
+        ("dtype", dtypes, tuple(compiled.DTYPES)),
+        ("depth", depths, range(1, 257)),
+    ):
+        for name in given or ():
+            if name not in names:
+                limit = "1 to 256" if what == "depth" else ", ".join(map(str, names))
+                raise UsageError(f"there is no {what} {name!r}; there are {limit}")
+    if importlib.util.find_spec("triton") is None:
+        raise UsageError("triton is not installed, and these are its kernels: pip install triton")
+    rows = [
+        row
+        for arch in archs or compiled.ARCHITECTURES
+        for dtype in dtypes or ("bf16",)
+        for depth in depths or (64, 128, 256)
+        for case in cases or ("causal",)
+        for decode in (False, True)
+        for row in compiled.compile_case(arch, known[case], dtype, depth, decode=decode)
+    ]
+    return compiled.table(rows)
 
 
 def _load(target: str) -> tuple[Callable[..., object], Sequence[object], Mapping[str, object]]:

@@ -28,6 +28,7 @@ from attnfuse.spec import AttentionSpec, Leaf, Shape, parse_spec
 from attnfuse.templates.base import Cotangents, Inputs, Kernel, Target
 from attnfuse.templates.choose import Refusal, choose
 from attnfuse.templates.dense import Dense
+from attnfuse.templates.flash import arch_of
 
 # Rises when a schema, a fake, a stride or autograd of the operators changes; tests/test_ops.py notices.
 ABI: Final = 1
@@ -163,7 +164,8 @@ def _kernel(kind: _Kind, device: str, training: bool) -> tuple[Kernel, Attention
     spec = _checked(kind)
     shape = Shape(kind.q[0], kind.q[1], kind.k[1], kind.q[2], kind.k[2], kind.q[3], kind.v[3])
     q_dtype, _, v_dtype = kind.dtypes
-    target = Target(device, _LEAF_DTYPES[q_dtype], _LEAF_DTYPES[v_dtype], training=training, lse=True)
+    arch = arch_of(kind.devices[0]) if device == "cuda" else ""
+    target = Target(device, _LEAF_DTYPES[q_dtype], _LEAF_DTYPES[v_dtype], training=training, lse=True, arch=arch)
     choice = choose(spec, shape, target)
     template = None if isinstance(choice, Refusal) else choice.template
     return template if isinstance(template, Kernel) else Dense(), spec, shape

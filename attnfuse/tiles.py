@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, reduce
 from itertools import product
 from typing import Final, NamedTuple
@@ -30,6 +30,7 @@ from attnfuse.score import (
     Linear,
     Load,
     Program,
+    S,
     Var,
     call,
     conjuncts,
@@ -98,6 +99,31 @@ def bounds(spec: AttentionSpec) -> Bounds:
         _strongest(upper, lambda kept, other: call("sub", other, kept), lambda bound: call("sub", bound, _KEYS)),
         tuple(dict.fromkeys(residual)),
     )
+
+
+_SWAP: Final = {"m": "n", "n": "m", "M": "N", "N": "M"}
+
+
+def _swapped(expr: Expr) -> Expr:
+    """`expr` with rows and keys exchanged."""
+    if isinstance(expr, Var):
+        return Var(_SWAP.get(expr.name, expr.name))
+    if isinstance(expr, Load):
+        return Load(expr.leaf, tuple(map(_swapped, expr.indices)))
+    if isinstance(expr, Call):
+        return Call(expr.op, tuple(map(_swapped, expr.args)))
+    return expr
+
+
+@lru_cache(maxsize=4096)
+def row_bounds(spec: AttentionSpec) -> Bounds:
+    """The map the other way round: a row sees key n <=> `m >= l` for each lower, `m < u` for each upper, and each residual holds.
+
+    The bounds are integer expressions without `m` and `s`.
+    """
+    tiers = tuple(replace(tier, allowed=_swapped(tier.allowed)) for tier in spec.program.tiers)
+    found = bounds(AttentionSpec(Program(S, tiers), spec.leaves))
+    return Bounds(*(tuple(map(_swapped, side)) for side in (found.lower, found.upper, found.residual)))
 
 
 def row_range(bounds: Bounds, rows: tuple[int, int], keys: int, extent: Extent) -> RowRange:

@@ -5,6 +5,7 @@ import os
 import shutil
 import tempfile
 from collections.abc import Mapping
+from pathlib import Path
 
 import hypothesis
 import pytest
@@ -20,6 +21,18 @@ if "PYTEST_XDIST_WORKER" in os.environ:
 
 hypothesis.settings.register_profile("attnfuse", derandomize=True, deadline=None, database=None, print_blob=True)
 hypothesis.settings.load_profile("attnfuse")
+
+
+def pytest_ignore_collect(collection_path: Path) -> bool | None:
+    """Triton's interpreter changes what its decorators make, and takes a process of its own; GPU tests take a GPU."""
+    if not collection_path.name.startswith("test_"):
+        return None
+    folder = collection_path.parent.name
+    if folder == "gpu":
+        import torch
+
+        return True if not torch.cuda.is_available() else None
+    return True if (folder == "interpreted") != (os.environ.get("TRITON_INTERPRET") == "1") else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:

@@ -17,6 +17,7 @@ from attnfuse.templates.base import Kernel, Target, Tiles
 from attnfuse.templates.blocked import Blocked
 from attnfuse.templates.choose import Choice, Refusal, choose
 from attnfuse.templates.dense import Dense
+from attnfuse.templates.flash import Decode, Flash
 from attnfuse.templates.library import Call, Library, call_for
 from tests.strategies import BODIES, MASKS, programs, shapes, spec_of
 
@@ -30,10 +31,10 @@ def chosen(text: str, target: Target = CPU, shape: Shape = SHAPE) -> str:
 
 
 def test_templates_are_named_and_ordered() -> None:
-    assert [template.name for template in TEMPLATES] == ["library", "inline", "blocked"]
+    assert [template.name for template in TEMPLATES] == ["library", "inline", "blocked", "decode", "flash"]
     assert not isinstance(TEMPLATES[0], Kernel), "the library template is a node of the graph"
     assert not isinstance(TEMPLATES[1], Kernel), "the inline template is nodes of the graph"
-    assert isinstance(TEMPLATES[2], Kernel)
+    assert all(isinstance(template, Kernel) for template in TEMPLATES[2:])
     assert isinstance(Dense(), Kernel)
 
 
@@ -69,14 +70,55 @@ def test_calls_that_the_library_would_not_serve_well(target: Target, shape: Shap
     assert chosen("s*0.125", target, shape) == "blocked"
 
 
-def test_no_kernel_for_a_gpu_yet_but_the_library_where_it_is_right() -> None:
-    cuda = Target("cuda", "bf16", "bf16", arch="sm_90")
-    assert chosen("s*0.125 where n <= m else -inf", cuda) == "library"
-    refusal = choose(parse_spec("s*0.125 where n <= m & n > m - 9 else -inf"), SHAPE, cuda)
+CUDA = Target("cuda", "bf16", "bf16", arch="sm_90")
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "name"),
+    [
+        ("s*0.125 where n <= m else -inf", SHAPE, "library"),
+        ("s*0.125 where n <= m & n > m - 9 else -inf", SHAPE, "flash"),
+        ("s*0.125 where n <= m & n > m - 9 else -inf", SHAPE._replace(M=1), "decode"),
+        ("s*0.125 where n <= m & n > m - 9 else -inf", SHAPE._replace(M=17), "flash"),
+        ("50*tanh(s/50)", SHAPE._replace(M=16), "decode"),
+        ("pow(s, 2.0)", SHAPE, "flash"),
+    ],
+)
+def test_choice_on_a_gpu(text: str, shape: Shape, name: str) -> None:
+    assert chosen(text, CUDA, shape) == name
+
+
+@pytest.mark.parametrize(
+    ("text", "target", "shape", "reason"),
+    [
+        ("s", CPU, SHAPE, "device cpu, runs on cuda"),
+        ("s", CUDA._replace(arch="sm_75"), SHAPE, "sm_75, runs on sm_80 and later"),
+        ("s", CUDA._replace(dtype="f64"), SHAPE, "q is f64, takes f16, bf16, f32"),
+        ("s", CUDA._replace(v_dtype="f64"), SHAPE, "v is f64, takes f16, bf16, f32"),
+        ("s", CUDA, SHAPE._replace(D=257), "D 257, takes 1 to 256"),
+        ("s", CUDA, SHAPE._replace(Dv=0), "Dv 0, takes 1 to 256"),
+        (
+            "pow(s, 2.5)",
+            CUDA,
+            SHAPE,
+            "pow(s, 2.5): takes exponents that are constants, 0.5, -0.5, -1 or 1 to 8",
+        ),
+        (f"s where n < {2**70} else -inf", CUDA, SHAPE, f"integer {2**70}: takes integers of 64 bits"),
+    ],
+)
+def test_reasons_of_the_triton_templates(text: str, target: Target, shape: Shape, reason: str) -> None:
+    assert Flash().reasons_against(parse_spec(text), shape, target) == (reason,)
+    choice = choose(parse_spec("s + float(n)"), shape, target, (Decode(), Flash()))
+    assert isinstance(choice, Choice) == text.startswith(("pow", "s where"))
+
+
+def test_what_no_template_takes_says_why() -> None:
+    refusal = choose(parse_spec("s*0.125 where n < m else -inf"), SHAPE, CUDA._replace(dtype="f64", v_dtype="f64"))
     assert isinstance(refusal, Refusal)
     reasons = dict(refusal.reasons)
     assert reasons["blocked"] == ("device cuda, runs on cpu",)
-    assert "s*0.125 where n <= m & n > m - 9 else -inf" in reasons["library"][0]
+    assert reasons["flash"] == ("q is f64, takes f16, bf16, f32", "v is f64, takes f16, bf16, f32")
+    assert reasons["decode"][-1] == "1024 rows of a KV head (M·H / Hkv), takes up to 64"
     assert str(refusal).startswith("library: ")
 
 

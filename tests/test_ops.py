@@ -398,7 +398,7 @@ def test_dense_gives_what_the_operator_gives(name: str) -> None:
 
 def test_a_device_without_templates_is_served_densely(monkeypatch: pytest.MonkeyPatch) -> None:
     kind = ops._kind(*call(CAUSAL))
-    kernel, _, _ = ops._kernel(kind, "cuda", False)
+    kernel, _, _ = ops._kernel(kind, "xpu", False)
     assert isinstance(kernel, Dense)
     keep = dropout.keep(torch.tensor([7]), 0.25, (2, 4, 20, 20))
     exact, original = (

@@ -21,6 +21,7 @@ from attnfuse.tiles import (
     interval,
     needs_every_key,
     never_empty,
+    row_bounds,
     row_range,
     tiles_skipped,
 )
@@ -92,6 +93,41 @@ def exact_extent(shape: Shape, read: Values) -> Extent:
 
 
 @RUNS
+@given(st.lists(st.one_of(defined_masks, linear_masks), min_size=1, max_size=2), SMALL, st.integers(0, 99))
+@RUNS
+def test_the_map_turned_round_is_the_mask_too(tiers: list[Expr], shape: Shape, seed: int) -> None:
+    known, read = row_bounds(spec_of(*tiers)), Values(seed)
+    assert not any("m" in free_vars(e) for e in (*known.lower, *known.upper))
+    for env in cells(shape):
+        try:
+            allowed = all(evaluate(mask, env, read) for mask in tiers)
+            found = (
+                all(env["m"] >= evaluate(e, env, read) for e in known.lower)
+                and all(env["m"] < evaluate(e, env, read) for e in known.upper)
+                and all(evaluate(e, env, read) for e in known.residual)
+            )
+        except NoValueError:
+            continue
+        assert found == allowed, (known, env)
+
+
+@pytest.mark.parametrize(
+    ("mask", "lower", "upper", "residual"),
+    [
+        ("n <= m", "n", "", ""),
+        ("n <= m & n > m - 9", "n", "n + 9", ""),
+        ("n <= m + N - M", "n - N + M", "", ""),
+        ("n < 40", "", "where(n < 40, M, 0)", ""),
+        ("n <= m & pad[0, n]", "n", "where(pad[0, n], M, 0)", ""),
+        ("doc[0, m] == doc[0, n]", "", "", "doc[0, m] == doc[0, n]"),
+        ("n <= pos[0, m]", "", "", "n <= pos[0, m]"),
+    ],
+)
+def test_rows_that_see_a_key(mask: str, lower: str, upper: str, residual: str) -> None:
+    found = row_bounds(spec_of(parse_expr(mask)))
+    assert [" ".join(map(str, side)) for side in (found.lower, found.upper, found.residual)] == [lower, upper, residual]
+
+
 @given(
     st.lists(st.one_of(defined_masks, linear_masks), min_size=1, max_size=2),
     SMALL,

@@ -7,7 +7,8 @@ from typing import Final
 
 from attnfuse.templates.base import Template
 from attnfuse.templates.blocked import Blocked
+from attnfuse.templates.flash import Decode, Flash
 from attnfuse.templates.inline import Inline
 from attnfuse.templates.library import Library
 
-TEMPLATES: Final[tuple[Template, ...]] = (Library(), Inline(), Blocked())
+TEMPLATES: Final[tuple[Template, ...]] = (Library(), Inline(), Blocked(), Decode(), Flash())

@@ -176,6 +176,34 @@ def tensor_of(value: Value, dtype: torch.dtype) -> Tensor:
     return torch.full((1, 1, 1, 1), float(value), dtype=dtype)
 
 
+def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, grad: Tensor) -> None:
+    """Adds the gradient of the elements that `load` reads in a block to the gradient of its leaf.
+
+    Args:
+        grad: for each cell, [b, h, m, n]; summed already along an axis of size 1 that the load does not depend on.
+    """
+    dims = axes_of(load)
+    if dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True)):
+        missing = [d for d in range(4) if d not in dims]
+        if missing:
+            grad = grad.sum(missing, keepdim=True)
+        order = sorted(range(len(dims)), key=lambda i: dims[i])
+        part = total
+        for place, d in enumerate(dims):
+            part = part.narrow(place, block.ranges[d][0], block.ranges[d][1] - block.ranges[d][0])
+        part.permute(order).add_(grad.squeeze(missing) if missing else grad)
+        return
+    if dims == ():
+        total.add_(grad.sum())
+        return
+    at = torch.broadcast_tensors(*clamped(total, indices(block)))  # type: ignore[no-untyped-call]
+    shape = (1,) * (4 - at[0].dim()) + at[0].shape
+    missing = [d for d in range(4) if shape[d] == 1 and grad.shape[d] > 1]
+    if missing:
+        grad = grad.sum(missing, keepdim=True)
+    total.index_put_(tuple(i.view(shape) for i in at), grad, accumulate=True)
+
+
 class Gradients:
     """Gradients under construction; accumulators are of the accumulator's type, dq is written row by row."""
 
@@ -224,27 +252,7 @@ class Gradients:
 
     def add(self, load: Load, indices: Evaluator, block: Block, grad: Tensor) -> None:
         """Adds the gradient of the elements that `load` reads in a block, given for each cell."""
-        total = self.leaves[load.leaf]
-        dims = axes_of(load)
-        if dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True)):
-            missing = [d for d in range(4) if d not in dims]
-            if missing:
-                grad = grad.sum(missing, keepdim=True)
-            order = sorted(range(len(dims)), key=lambda i: dims[i])
-            part = total
-            for place, d in enumerate(dims):
-                part = part.narrow(place, block.ranges[d][0], block.ranges[d][1] - block.ranges[d][0])
-            part.permute(order).add_(grad.squeeze(missing) if missing else grad)
-            return
-        if dims == ():
-            total.add_(grad.sum())
-            return
-        at = torch.broadcast_tensors(*clamped(total, indices(block)))  # type: ignore[no-untyped-call]
-        shape = (1,) * (4 - at[0].dim()) + at[0].shape
-        missing = [d for d in range(4) if shape[d] == 1 and grad.shape[d] > 1]
-        if missing:
-            grad = grad.sum(missing, keepdim=True)
-        total.index_put_(tuple(i.view(shape) for i in at), grad, accumulate=True)
+        add_gradient(self.leaves[load.leaf], load, indices, block, grad)
 
     def finish_sink(self) -> None:
         """Adds the gradient of the sink's leaves."""

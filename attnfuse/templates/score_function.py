@@ -1,0 +1,420 @@
+"""A spec's meaning as Triton device functions: the ten lines that a kernel calls for each tile.
+
+`functions_for` writes one function for each question that a kernel asks (score, mask, key range, slope, …), as source text
+with one statement a subexpression, and compiles the text once.  Kernels take the functions as constexpr arguments, so that
+Triton's own cache knows their meaning by their source.
+
+Functions take b, h, m, n (scalars, vectors or tiles that broadcast), the sizes `Z` and the leaves `L`, a flat tuple: for each
+leaf its pointer, its strides and its greatest indices.  Values are fp32; integers are 32 bits wide where interval arithmetic
+shows that this is enough, else 64.  Indices of loads are clamped to the leaf, so that no load leaves it.
+"""
+
+from __future__ import annotations
+
+import linecache
+import zlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any, Final, NamedTuple
+
+from attnfuse.score import BOOLEANS, SIZES, Call, Const, Expr, Load, S, Var, call, derivative, free_vars, loads
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.templates.affine import affine, constant
+from attnfuse.templates.cover import named_sizes
+from attnfuse.tiles import Bounds, Env, bounds, interval, row_bounds
+
+_INT32: Final = (-(2**31), 2**31 - 1)
+_INT64: Final = (-(2**63), 2**63 - 1)
+_OF_DTYPE: Final = {"u8": (0, 255), "i8": (-128, 127), "i16": (-(2**15), 2**15 - 1), "i32": _INT32, "i64": _INT64}
+_LOG2E: Final = 1.4426950408889634
+_POWERS: Final = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+
+
+class Unsupported(Exception):
+    """What has no device code, as a clause that names it and its limit."""
+
+
+class LeafLayout(NamedTuple):
+    """Shape and strides of a leaf's tensor."""
+
+    shape: tuple[int, ...]
+    strides: tuple[int, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class Functions:
+    """What kernels ask of a spec; None where the answer is trivial.
+
+    Args:
+        scale: what the score is multiplied by for base 2: log2(e), times c where the score is `s*c` with c > 0.
+        score: `score(s, b, h, m, n, Z, L)`; None where it is `s*c`.
+        slope: its derivative by s, as a number or as a function of the arguments of `score`.
+        allowed: `allowed(b, h, m, n, Z, L)`, whether every tier allows a cell.
+        residual, row_residual: the part of it that is asked in tiles inside the bounds of `keys`, of `rows`.
+        keys: `keys(b, h, m, Z, L)`, first and past-the-end key of each row.
+        rows: `rows(b, h, n, Z, L)`, first and past-the-end row of each key.
+        minimal: `minimal(b, h, m, n, Z, L)`: keys filled with `min` alone, and those of them whose score gets a gradient.
+        sink: `sink(b, h, m, Z, L)`, one score a row.
+        by_load: the derivative of the score by each of the loads asked for, with the arguments of `score`.
+    """
+
+    scale: float
+    score: Any
+    slope: Any
+    allowed: Any
+    residual: Any
+    row_residual: Any
+    keys: Any
+    rows: Any
+    minimal: Any
+    sink: Any
+    by_load: tuple[Any, ...]
+
+
+_CELL: Final = ("b", "h", "m", "n")
+
+
+@lru_cache(maxsize=1024)
+def functions_for(
+    text: str, shape: Shape, sizes: tuple[int, ...], leaves: tuple[LeafLayout, ...], by_load: tuple[Load, ...] = ()
+) -> Functions:
+    """The device functions of the spec with that text.  Raises Unsupported."""
+    spec = parse_spec(text)
+    program = spec.program
+    writer = _Writer(spec, shape, sizes, leaves)
+    known, across = bounds(spec), row_bounds(spec)
+    form = affine(program.body)
+    scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
+    pure = form is not None and form.bias is None and scale is not None and scale > 0
+    slope: Any = scale
+    if scale is None:
+        slope = writer.function("slope", ("s", *_CELL), [derivative(program.body, S)], floating=True)
+    return Functions(
+        scale=_LOG2E * scale if pure and scale is not None else _LOG2E,
+        score=None if pure else writer.function("score", ("s", *_CELL), [program.body], floating=True),
+        slope=slope,
+        allowed=writer.condition("allowed", [*_edges(known), *known.residual]),
+        residual=writer.condition("residual", known.residual),
+        row_residual=writer.condition("row_residual", across.residual),
+        keys=writer.range("keys", known, "m"),
+        rows=writer.range("rows", across, "n"),
+        minimal=writer.function("minimal", _CELL, list(_minimal(spec))),
+        sink=None if program.sink is None else writer.sink(program.sink),
+        by_load=tuple(
+            writer.function("slope_of_load", ("s", *_CELL), [derivative(program.body, load)], floating=True)
+            for load in by_load
+        ),
+    )
+
+
+def problem(text: str, shape: Shape) -> str | None:
+    """Why the spec with that text has no device code; None if it has."""
+    spec = parse_spec(text)
+    layouts = tuple(LeafLayout((1,) * leaf.rank, (1,) * leaf.rank) for leaf in spec.leaves)
+    try:
+        functions_for(text, shape, (1,) * spec.size_count(), layouts)
+    except Unsupported as error:
+        return str(error)
+    return None
+
+
+def _edges(known: Bounds) -> list[Expr]:
+    n = Var("n")
+    return [*(call("ge", n, e) for e in known.lower), *(call("lt", n, e) for e in known.upper)]
+
+
+def _minimal(spec: AttentionSpec) -> tuple[Expr, Expr, Expr]:
+    """Whether a cell's score is fp32's least one, whether it passes a gradient on, and whether the cell is allowed."""
+    normal: Expr = Const(True)
+    minimal: Expr = Const(False)
+    attached: Expr = Const(True)
+    for tier in spec.program.tiers:
+        allowed, masked = tier.allowed, call("not", tier.allowed)
+        if tier.fill == "=min":
+            minimal, attached = call("or", minimal, masked), call("and", attached, allowed)
+        elif tier.fill == "+min":
+            minimal = call("or", call("and", minimal, allowed), call("and", normal, masked))
+        else:
+            minimal = call("and", minimal, allowed)
+        normal = call("and", normal, allowed)
+    return minimal, call("and", minimal, attached), normal
+
+
+class _Writer:
+    """Writes and compiles functions of one spec at one shape."""
+
+    def __init__(self, spec: AttentionSpec, shape: Shape, sizes: tuple[int, ...], leaves: Sequence[LeafLayout]) -> None:
+        self.spec = spec
+        self.sizes = {name: f"Z[{at}]" for at, name in enumerate(SIZES)}
+        self.sizes |= {f"i{at}": f"Z[{len(SIZES) + at}]" for at in range(len(sizes))}
+        self.layouts = {leaf.name: layout for leaf, layout in zip(spec.leaves, leaves, strict=True)}
+        self.starts: dict[str, int] = {}
+        at = 0
+        for leaf in spec.leaves:
+            self.starts[leaf.name] = at
+            at += 1 + 2 * leaf.rank
+        env: dict[str | Load, tuple[float, float]] = {name: (getattr(shape, name),) * 2 for name in SIZES}
+        env |= {name.lower(): (0, getattr(shape, name) - 1) for name in ("B", "H", "M", "N")}
+        env |= {f"i{i}": (size, size) for i, size in enumerate(sizes)}
+        for expr in spec.program.expressions():
+            for load in loads(expr):
+                dtype = spec.leaf(load.leaf).dtype
+                if dtype in _OF_DTYPE:
+                    env[load] = _OF_DTYPE[dtype]
+        self.env: Env = env
+
+    def condition(self, name: str, terms: Sequence[Expr]) -> Any:
+        """A function of a cell that says whether every term holds; None if there is no term."""
+        out: Expr | None = None
+        for term in dict.fromkeys(terms):
+            out = term if out is None else call("and", out, term)
+        return None if out is None or out == Const(True) else self.function(name, _CELL, [out])
+
+    def range(self, name: str, known: Bounds, at: str) -> Any:
+        """First and past-the-end index for each of a vector `at`; None if nothing bounds it."""
+        if not known.lower and not known.upper:
+            return None
+        low: Expr = Const(0)
+        for e in known.lower:
+            low = e if low == Const(0) else call("max", low, e)
+        size = Var("N" if at == "m" else "M")
+        high: Expr = size
+        for e in known.upper:
+            high = e if high == size else call("min", high, e)
+        text = _Body(self)
+        found = [text.integer(e) for e in (low, high)]
+        # one value for each of `at`, also where all are the same
+        text.lines.append(f"return {at} * 0 + {found[0]}, {at} * 0 + {found[1]}")
+        return _compile(name, ("b", "h", at, "Z", "L"), tuple(text.lines))
+
+    def sink(self, expr: Expr) -> Any:
+        """A function of rows that gives one score for each of a vector `m`."""
+        text = _Body(self)
+        value = text.floating(expr)
+        text.lines.append(f"return m * 0.0 + {value}")
+        return _compile("sink", ("b", "h", "m", "Z", "L"), tuple(text.lines))
+
+    def function(self, name: str, args: Sequence[str], exprs: Sequence[Expr], *, floating: bool = False) -> Any:
+        """A function of those arguments that returns the values of the expressions."""
+        text = _Body(self)
+        values = [text.tensor(e) if floating else text.value(e) for e in exprs]
+        if args[0] == "s":
+            # a tile even where the expression does not hold s
+            values = [
+                v if "s" in free_vars(e) else f"tl.broadcast_to({v}, s.shape)"
+                for v, e in zip(values, exprs, strict=True)
+            ]
+        text.lines.append(f"return {', '.join(values)}")
+        return _compile(name, (*args, "Z", "L"), tuple(text.lines))
+
+
+class _Body:
+    """The statements of one function: one for each subexpression, shared ones once."""
+
+    def __init__(self, writer: _Writer) -> None:
+        self.writer = writer
+        self.spec = writer.spec
+        self.lines: list[str] = []
+        self.known: dict[tuple[Expr, str], str] = {}
+
+    @staticmethod
+    def is_literal(text: str) -> bool:
+        """Whether a value is a number in the source."""
+        return text[0] in "-0123456789." or text.startswith("float(")
+
+    def _let(self, expr: Expr, kind: str, text: str) -> str:
+        name = f"t{len(self.known)}"
+        self.known[expr, kind] = name
+        self.lines.append(f"{name} = {text}")
+        return name
+
+    def value(self, expr: Expr) -> str:
+        """The value in its own type: truth value, integer, or float."""
+        kind = self.spec.type_of(expr)
+        return self.floating(expr) if kind == "float" else self.integer(expr) if kind == "int" else self.truth(expr)
+
+    def floating(self, expr: Expr) -> str:
+        """The value as fp32."""
+        if isinstance(expr, Const):
+            return _literal(float(expr.value))
+        if expr == S:
+            return "s"
+        if (expr, "float") in self.known:
+            return self.known[expr, "float"]
+        if self.spec.type_of(expr) != "float":
+            return self._let(expr, "float", f"tl.cast({self.value(expr)}, tl.float32)")
+        if isinstance(expr, Load):
+            return self._let(expr, "float", f"tl.cast({self._load(expr)}, tl.float32)")
+        assert isinstance(expr, Call)
+        return self._let(expr, "float", self._operation(expr))
+
+    def tensor(self, expr: Expr) -> str:
+        """The value as fp32, no literal."""
+        text = self.floating(expr)
+        return f"tl.full([], {text}, tl.float32)" if self.is_literal(text) else text
+
+    def _operation(self, expr: Call) -> str:
+        op = expr.op
+        if op == "where":
+            condition = self.truth(expr.args[0])
+            return f"tl.where({condition}, {self.floating(expr.args[1])}, {self.floating(expr.args[2])})"
+        if op == "pow":
+            return self._power(expr)
+        args = [self.floating(a) for a in expr.args]
+        if op in _FUNCTIONS or op == "float" or all(map(self.is_literal, args)):
+            args[0] = self.tensor(expr.args[0])
+        if op == "float":
+            return args[0]
+        if op in _FUNCTIONS:
+            return f"{_FUNCTIONS[op]}({args[0]})"
+        if op in ("min", "max"):
+            return f"tl.{op}imum({args[0]}, {args[1]}, propagate_nan=tl.PropagateNan.ALL)"
+        if op == "neg":
+            return f"-{args[0]}"
+        if op in _SIGNS:
+            return f"{args[0]} {_SIGNS[op]} {args[1]}"
+        raise Unsupported(f"{op} has no device code")
+
+    def _power(self, expr: Call) -> str:
+        base, exponent = expr.args
+        if not isinstance(exponent, Const) or float(exponent.value) not in (*_POWERS, 0.5, -0.5, 1.0, -1.0):
+            raise Unsupported(f"{expr}: takes exponents that are constants, 0.5, -0.5, -1 or 1 to 8")
+        x, power = self.tensor(base), float(exponent.value)
+        if power in (0.5, -0.5):
+            return f"tl.sqrt({x})" if power > 0 else f"tl.rsqrt({x})"
+        return f"1.0 / {x}" if power == -1 else " * ".join([x] * int(power))
+
+    def integer(self, expr: Expr) -> str:
+        """The value as an integer that is wide enough."""
+        if isinstance(expr, Const):
+            if not _INT64[0] <= expr.value <= _INT64[1]:
+                raise Unsupported(f"integer {expr.value}: takes integers of 64 bits")
+            return repr(int(expr.value))
+        if isinstance(expr, Var):
+            return self.writer.sizes.get(expr.name, expr.name)
+        if (expr, "int") in self.known:
+            return self.known[expr, "int"]
+        if isinstance(expr, Load):
+            dtype = self.spec.leaf(expr.leaf).dtype
+            wide = "tl.int64" if dtype == "i64" else "tl.int32"
+            return self._let(expr, "int", f"tl.cast({self._load(expr)}, {wide})")
+        assert isinstance(expr, Call)
+        if expr.op == "where":
+            condition = self.truth(expr.args[0])
+            return self._let(expr, "int", f"tl.where({condition}, {', '.join(map(self.integer, expr.args[1:]))})")
+        args = [self.integer(a) for a in expr.args]
+        if not self._fits_32(expr):
+            args = [f"tl.cast({a}, tl.int64)" for a in args]
+        if expr.op in ("min", "max"):
+            return self._let(expr, "int", f"tl.{expr.op}imum({args[0]}, {args[1]})")
+        if expr.op in ("neg", "abs"):
+            return self._let(expr, "int", f"-{args[0]}" if expr.op == "neg" else f"tl.abs({args[0]})")
+        if expr.op in ("floordiv", "mod"):
+            (low, _), (divisor, _) = (interval(a, self.writer.env) for a in expr.args)
+            if low >= 0 and divisor > 0:
+                return self._let(expr, "int", f"{args[0]} {'//' if expr.op == 'floordiv' else '%'} {args[1]}")
+            return self._let(expr, "int", f"floor_{'div' if expr.op == 'floordiv' else 'mod'}({args[0]}, {args[1]})")
+        return self._let(expr, "int", f"{args[0]} {_SIGNS[expr.op]} {args[1]}")
+
+    def _fits_32(self, expr: Call) -> bool:
+        for e in (expr, *expr.args):
+            low, high = interval(e, self.writer.env)
+            if not _INT32[0] <= low <= high <= _INT32[1]:
+                return False
+        return True
+
+    def truth(self, expr: Expr) -> str:
+        """The value as a truth value."""
+        if isinstance(expr, Const):
+            return f"tl.full([], {bool(expr.value)}, tl.int1)"
+        if (expr, "bool") in self.known:
+            return self.known[expr, "bool"]
+        if isinstance(expr, Load):
+            return self._let(expr, "bool", f"{self._load(expr)} != 0")
+        assert isinstance(expr, Call)
+        op = expr.op
+        if op in ("and", "or"):
+            a, b = map(self.truth, expr.args)
+            return self._let(expr, "bool", f"{a} {'&' if op == 'and' else '|'} {b}")
+        if op == "not":
+            return self._let(expr, "bool", f"{self.truth(expr.args[0])} == 0")
+        if op == "where":
+            condition, a, b = map(self.truth, expr.args)
+            return self._let(expr, "bool", f"({condition} & {a}) | (({condition} == 0) & {b})")
+        assert op in BOOLEANS
+        types = [self.spec.type_of(a) for a in expr.args]
+        if types[0] == "bool":
+            a, b = map(self.truth, expr.args)
+        elif "float" in types:
+            a, b = map(self.floating, expr.args)
+        else:
+            a, b = map(self.integer, expr.args)
+        if all(map(self.is_literal, (a, b))):
+            a = f"tl.full([], {a}, {'tl.float32' if 'float' in types else 'tl.int64'})"
+        return self._let(expr, "bool", f"{a} {_COMPARE[op]} {b}")
+
+    def _load(self, load: Load) -> str:
+        """The element, at indices clamped to the leaf; offsets of rows and keys are 32 bits wide where the leaf is small."""
+        start, layout = self.writer.starts[load.leaf], self.writer.layouts[load.leaf]
+        rank = len(layout.shape)
+        reach = sum((size - 1) * abs(stride) for size, stride in zip(layout.shape, layout.strides, strict=True))
+        pointer = f"L[{start}]"
+        offsets = []
+        for axis, index in enumerate(load.indices):
+            at = self._clamped(index, f"L[{start + 1 + rank + axis}]", layout.shape[axis])
+            stride = f"L[{start + 1 + axis}]"
+            if reach > _INT32[1] or free_vars(index) <= {"b", "h"}:
+                offsets.append(f"tl.cast({at}, tl.int64) * {stride}")
+            else:
+                offsets.append(f"tl.cast({at}, tl.int32) * {stride}")
+        for offset in sorted(offsets, key=lambda text: "int64" not in text):
+            pointer += f" + {offset}"
+        return f"tl.load({pointer})"
+
+    def _clamped(self, index: Expr, last: str, size: int) -> str:
+        text = self.integer(index)
+        low, high = interval(index, self.writer.env)
+        if 0 <= low <= high < size and free_vars(index) <= {"b", "h"}:
+            return text
+        return f"tl.minimum(tl.maximum({text}, 0), {last})"
+
+
+_SIGNS: Final[Mapping[str, str]] = {"add": "+", "sub": "-", "mul": "*", "div": "/"}
+_COMPARE: Final[Mapping[str, str]] = {"le": "<=", "lt": "<", "ge": ">=", "gt": ">", "eq": "==", "ne": "!="}
+_FUNCTIONS: Final[Mapping[str, str]] = {
+    "tanh": "tanh",
+    "exp": "tl.exp",
+    "log": "tl.log",
+    "sqrt": "tl.sqrt_rn",
+    "rsqrt": "tl.rsqrt",
+    "sigmoid": "tl.sigmoid",
+    "abs": "tl.abs",
+}
+
+
+def _literal(value: float) -> str:
+    text = repr(value)
+    return f'float("{text}")' if text.strip("-") in ("inf", "nan") else text
+
+
+@lru_cache(maxsize=4096)
+def _compile(name: str, args: tuple[str, ...], lines: tuple[str, ...]) -> Any:
+    """A Triton device function; the same text is the same function."""
+    import triton
+    import triton.language as tl
+
+    from attnfuse.templates import tile
+
+    source = "\n    ".join((f"def {name}({', '.join(args)}):", *lines)) + "\n"
+    file = f"<attnfuse {name} {zlib.crc32(source.encode()):08x}>"
+    linecache.cache[file] = (len(source), None, source.splitlines(keepends=True), file)
+    scope: dict[str, Any] = {
+        "tl": tl,
+        "tanh": tile.tanh,
+        "floor_div": tile.floor_div,
+        "floor_mod": tile.floor_mod,
+        "__name__": "attnfuse.score_functions",
+    }
+    exec(compile(source, file, "exec"), scope)
+    return triton.jit(scope[name])
