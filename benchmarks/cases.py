@@ -121,7 +121,8 @@ class Speed:
 class Compile:
     """Compile time on the model of examples/demo.py: the first call of a process less a later one, caches empty and filled.
 
-    Every sample is a process of its own, a pair four of them, so that a few pairs have to do.
+    Every sample is a process of its own, so that a few pairs with empty caches have to do; each fills the caches for three of
+    the others.
     """
 
     cold: Target
@@ -129,6 +130,7 @@ class Compile:
     about: str
     variants: ClassVar = ("attnfuse", "stock-eager")
     pairs: ClassVar = 5
+    warm_pairs: ClassVar = 3
 
     def measure(self, name: str, setting: Setting) -> Outcome:
         samples: Samples = {f"{variant} {state}": [] for variant in self.variants for state in ("cold", "warm")}
@@ -137,12 +139,11 @@ class Compile:
         )  # Inductor's C++ header is compiled once on a machine, not once a model
         pairs = min(setting.pairs, self.pairs)
         for turn in range(pairs):
-            variants = self.variants if turn % 2 else self.variants[::-1]
-            for variant in variants:
-                caches = setting.folder / f"{variant}-{turn}"
-                for state in ("cold", "warm"):
+            for part in range(1 + self.warm_pairs):
+                state = "warm" if part else "cold"
+                for variant in self.variants if (turn + part) % 2 else self.variants[::-1]:
                     setting.say(f"pair {turn + 1} of {pairs}: {variant}, {state}")
-                    samples[f"{variant} {state}"].append(self.sample(variant, caches))
+                    samples[f"{variant} {state}"].append(self.sample(variant, setting.folder / f"{variant}-{turn}"))
         ours, stock = self.variants
         cold = stats.speed_up(samples[f"{stock} cold"], samples[f"{ours} cold"])
         warm = stats.difference(samples[f"{ours} warm"], samples[f"{stock} warm"])

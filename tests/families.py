@@ -231,6 +231,7 @@ FAMILIES: dict[str, tuple[str, Leaves]] = {
         lambda x: (scattered(x.B, x.N),),
     ),
     "nothing allowed": ("s*0.125 where False else +min", lambda x: ()),
+    "powers": ("pow(s, 2.0)*0.05 - pow(0.1 + s*s, 1.5)*0.01 + pow(1.0 + s*s, -0.5)", lambda x: ()),
     "no scores": ("bias: f32[:]; bias[n] where n <= m else -inf", lambda x: (floats(x.N),)),
 }
 SHAPES = {

@@ -98,10 +98,10 @@ def test_choice_on_a_gpu(text: str, shape: Shape, name: str) -> None:
         ("s", CUDA, SHAPE._replace(D=257), "D 257, takes 1 to 256"),
         ("s", CUDA, SHAPE._replace(Dv=0), "Dv 0, takes 1 to 256"),
         (
-            "pow(s, 2.5)",
+            "pow(s, 0.3)",
             CUDA,
             SHAPE,
-            "pow(s, 2.5): takes exponents that are constants, 0.5, -0.5, -1 or 1 to 8",
+            "pow(s, 0.3): takes exponents that are constant multiples of 0.5, up to 8",
         ),
         (f"s where n < {2**70} else -inf", CUDA, SHAPE, f"integer {2**70}: takes integers of 64 bits"),
     ],

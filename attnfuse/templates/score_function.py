@@ -28,7 +28,7 @@ _INT32: Final = (-(2**31), 2**31 - 1)
 _INT64: Final = (-(2**63), 2**63 - 1)
 _OF_DTYPE: Final = {"u8": (0, 255), "i8": (-128, 127), "i16": (-(2**15), 2**15 - 1), "i32": _INT32, "i64": _INT64}
 _LOG2E: Final = 1.4426950408889634
-_POWERS: Final = (2.0, 3.0, 4.0, 5.0, 6.0, 7.0, 8.0)
+_MOST_POWER: Final = 8
 
 
 class Unsupported(Exception):
@@ -87,12 +87,13 @@ def functions_for(
     form = affine(program.body)
     scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
     pure = form is not None and form.bias is None and scale is not None and scale > 0
+    score = None if pure else writer.function("score", ("s", *_CELL), [program.body], floating=True)
     slope: Any = scale
     if scale is None:
         slope = writer.function("slope", ("s", *_CELL), [derivative(program.body, S)], floating=True)
     return Functions(
         scale=_LOG2E * scale if pure and scale is not None else _LOG2E,
-        score=None if pure else writer.function("score", ("s", *_CELL), [program.body], floating=True),
+        score=score,
         slope=slope,
         allowed=writer.condition("allowed", [*_edges(known), *known.residual]),
         residual=writer.condition("residual", known.residual),
@@ -277,13 +278,17 @@ class _Body:
         raise Unsupported(f"{op} has no device code")
 
     def _power(self, expr: Call) -> str:
+        """Products, quotients and square roots: whole and half exponents."""
         base, exponent = expr.args
-        if not isinstance(exponent, Const) or float(exponent.value) not in (*_POWERS, 0.5, -0.5, 1.0, -1.0):
-            raise Unsupported(f"{expr}: takes exponents that are constants, 0.5, -0.5, -1 or 1 to 8")
-        x, power = self.tensor(base), float(exponent.value)
-        if power in (0.5, -0.5):
-            return f"tl.sqrt({x})" if power > 0 else f"tl.rsqrt({x})"
-        return f"1.0 / {x}" if power == -1 else " * ".join([x] * int(power))
+        power = constant(exponent)
+        if power is None or not float(2 * power).is_integer() or abs(power) > _MOST_POWER:
+            raise Unsupported(f"{expr}: takes exponents that are constant multiples of 0.5, up to {_MOST_POWER}")
+        x, whole = self.tensor(base), int(abs(power))
+        factors = [x] * whole
+        if abs(power) > whole:
+            factors.append(f"tl.sqrt_rn({x})")
+        product = " * ".join(factors) or "tl.full([], 1.0, tl.float32)"
+        return product if power >= 0 else f"1.0 / ({product})"
 
     def integer(self, expr: Expr) -> str:
         """The value as an integer that is wide enough."""

@@ -11,10 +11,6 @@ from attnfuse.templates.base import Kernel
 from attnfuse.templates.flash import Decode, Flash, interpreted
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    assert not items or interpreted(), "these tests need TRITON_INTERPRET=1 in the environment"
-
-
 @pytest.fixture(params=["flash", "decode"])
 def kernel(request: pytest.FixtureRequest) -> Kernel:
     """Each of the two templates."""
@@ -24,6 +20,7 @@ def kernel(request: pytest.FixtureRequest) -> Kernel:
 @pytest.fixture(autouse=True)
 def _operator_runs(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """The operator runs the template of the fixture `kernel`, or `Flash`."""
+    assert interpreted(), "these tests need TRITON_INTERPRET=1 in the environment"
     template: Kernel = request.getfixturevalue("kernel") if "kernel" in request.fixturenames else Flash()
 
     def chosen(kind: _Kind, device: str, training: bool) -> tuple[Kernel, Any, Shape]:
