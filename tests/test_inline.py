@@ -15,9 +15,9 @@ from torch.nn import functional as F
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.base import Target
 from attnfuse.templates.inline import Inline, written_out
+from tests.families import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, made, values_of
 from tests.harness import check, qkv, report_of
 from tests.strategies import Case, cases
-from tests.families import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, made, values_of
 
 WRITTEN_OUT = {
     name: family for name, family in FAMILIES.items() if "sink" not in family[0] and "dropout" not in family[0]
