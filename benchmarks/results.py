@@ -24,7 +24,7 @@ class Result:
     """A case's outcome and where it comes from.
 
     Args:
-        pairs: asked for; compile times have five with empty caches and fifteen with filled ones, a figure that is counted, not timed, has one sample.
+        pairs: asked for; compile times with empty caches have five, a figure that is counted, not timed, has one sample.
         commit: with "+" where the tree differed from it.
     """
 
