@@ -3,10 +3,14 @@
 import os
 
 import pytest
+import torch
 
 from attnfuse.__main__ import UsageError, main, templates_text
+from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates import tuning
-from attnfuse.templates.compiled import ARCHITECTURES, CASES, Row, compile_case, table
+from attnfuse.templates.base import Inputs
+from attnfuse.templates.compiled import ARCHITECTURES, CASES, Row, compile_call, compile_case, table
+from tests.families import FAMILIES, SEED, Leaves, made
 
 BY_NAME = {case.name: case for case in CASES}
 # kernels of matrix products over every tile; the others leave at once in nearly every call
@@ -49,6 +53,29 @@ def test_decode_in_bf16(arch: str, depth: int) -> None:
 @pytest.mark.parametrize("name", ["window", "padded", "softcap", "alibi"])
 def test_masks_and_scores_on_hopper(name: str) -> None:
     check(compile_case("sm_90", BY_NAME[name], "bf16", 64))
+
+
+@pytest.mark.parametrize("with_lse", [False, True])
+@pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
+def test_what_every_family_launches_compiles(text: str, leaves: Leaves, with_lse: bool) -> None:
+    """Triton checks types that its interpreter does not: gradients of leaves, sinks, dropout, sizes of one."""
+    shape = Shape(2, 4, 2, 1, 40, 16, 16) if with_lse else Shape(2, 4, 2, 70, 40, 16, 16)
+    call = made(text, shape, leaves(shape), torch.bfloat16)
+    q, k, v, *rest = (x.detach().to("meta") for x in (call.q, call.k, call.v, *call.leaves))
+    inputs = Inputs(call.spec, str(call.spec), shape, q, k, v, rest, (), SEED.to("meta"), call.order)
+    found = compile_call("sm_90", inputs, decode=with_lse, with_lse=with_lse)
+    assert {name for name, _, _ in found} >= {"attend", "row_facts", "gradient_of_keys", "gradient_of_queries"}
+
+
+@pytest.mark.parametrize(
+    "body", ["s + where(n > 3, -1e39, 0.0)", "s*where(n > 3, 1e-40, 2e-40)", "s*0.1 + 1e39", "s + float(n)*1e-41"]
+)
+def test_numbers_beyond_fp32(body: str) -> None:
+    shape = Shape(1, 1, 1, 1, 1, 16, 16)
+    q, k, v = (torch.empty(1, 1, 1, 16, dtype=torch.bfloat16, device="meta") for _ in range(3))
+    text = str(parse_spec(f"{body} where n <= m else -inf"))
+    inputs = Inputs(parse_spec(text), text, shape, q, k, v, (), (), None, (0, 1, 2, 3))
+    assert compile_call("sm_90", inputs)
 
 
 @pytest.mark.slow

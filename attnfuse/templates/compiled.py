@@ -121,7 +121,6 @@ def compile_case(arch: str, case: Case, dtype: str, depth: int, *, decode: bool 
         arch: one of `ARCHITECTURES`.
         depth: D and Dv.
     """
-    spec = parse_spec(case.text)
     rows = 1 if decode else _N
     shape = Shape(_B, _H, _HKV, rows, _N, depth, depth)
 
@@ -130,15 +129,29 @@ def compile_case(arch: str, case: Case, dtype: str, depth: int, *, decode: bool 
 
     q, k, v = made(_H, rows), made(_HKV, _N), made(_HKV, _N)
     leaves = [torch.empty(size, dtype=kind, device="meta") for kind, size in case.leaves]
-    inputs = Inputs(spec, case.text, shape, q, k, v, leaves, (), None, (0, 2, 1, 3))
+    inputs = Inputs(parse_spec(case.text), case.text, shape, q, k, v, leaves, (), None, (0, 2, 1, 3))
+    found = compile_call(arch, inputs, decode=decode, training=not decode)
+    template = "decode" if decode else "flash"
+    return [_row(arch, template, case, dtype, depth, *one) for one in found]
+
+
+def compile_call(
+    arch: str, inputs: Inputs, *, decode: bool = False, training: bool = True, with_lse: bool = False
+) -> list[tuple[str, Config, Any]]:
+    """Names, tiles and compiled code of the kernels that a call on meta tensors launches.
+
+    Args:
+        training: its backward too, for every operand that can have a gradient.
+        with_lse: the log-sum-exp has a gradient.
+    """
     template = Decode() if decode else Flash()
     compiler = _Compiler(arch)
     with _target(arch), rehearsing(compiler):
         out, lse = template.forward(inputs)
-        if not decode:
-            needs = (True, True, True, *(False for _ in leaves))
-            template.backward(inputs, Cotangents(out, lse, torch.empty_like(out), None, needs))
-        return [_row(arch, template.name, case, dtype, depth, *found) for found in compiler.found]
+        if training:
+            needs = (True, True, True, *(x.is_floating_point() for x in inputs.leaves))
+            template.backward(inputs, Cotangents(out, lse, torch.empty_like(out), lse if with_lse else None, needs))
+    return compiler.found
 
 
 def _row(

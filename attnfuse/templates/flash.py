@@ -201,9 +201,10 @@ class _Call:
         """Some of the operands."""
         return {name: self.operands[name] for name in names}
 
-    def swizzle(self, bytes_a_head: int) -> int:
-        """How many heads' worth of operands fit the L2 cache, a power of two."""
-        return 1 << (max(1, _cache_bytes(self.device) // max(1, bytes_a_head)).bit_length() - 1)
+    def swizzle(self, bytes_a_head: int, heads: int, group: int = 1) -> int:
+        """How many of a grid's heads run side by side: a power of two of KV heads whose operands fit the L2 cache, or all."""
+        fitting = 1 << (max(1, _cache_bytes(self.device) // max(1, bytes_a_head)).bit_length() - 1)
+        return min(fitting * group, heads)
 
     def describable(self, *tensors: Tensor) -> bool:
         """Whether these operands are read through tensor descriptors: where the hardware has them and their layout allows it."""
@@ -216,26 +217,26 @@ class _Call:
         programs: Callable[[Config], int],
         arguments: Callable[[Config], dict[str, Any]],
         rows: int | None = None,
-    ) -> None:
-        """Runs a kernel with the first config that the device has room for.
+    ) -> Config:
+        """Runs a kernel with the first config that the device has room for; returns that.
 
         Args:
             name: the kernel's table in `tuning`.
             programs: the grid's size.
             rows: rows of a tile where they are not the table's.
         """
-        from triton.runtime.errors import OutOfResources
+        from triton.runtime.errors import OutOfResources, PTXASError
 
         rehearsal = _rehearsal.get()
         found = tuning.configs(name, self.arch, self.itemsize, self.depth)
         key = (kernel, self.inputs.text, self.arch, self.itemsize, self.depth)
         for at in range(_first_config.get(key, 0), len(found)):
-            config = found[at] if rows is None else found[at]._replace(block_m=rows)
+            config = self._shortened(found[at], rows)
             given = {**arguments(config), **self.sizes_and_leaves}
             count = programs(config)
             if rehearsal is not None:
                 rehearsal.launch(kernel, given, config)
-                return
+                return config
             if count > _MOST_PROGRAMS:
                 raise ValueError(
                     f"{count} tiles of {config.block_m} rows: a launch takes {_MOST_PROGRAMS}; split the batch"
@@ -243,12 +244,22 @@ class _Call:
             try:
                 with _on(self.device):
                     kernel[(count,)](**given, num_warps=config.warps, num_stages=config.stages)
-            except OutOfResources:
+            except (OutOfResources, PTXASError):
+                # the assembler gives up on loops that fold away, of large tiles; smaller ones are other instructions
                 if at + 1 == len(found):
                     raise
                 _first_config[key] = at + 1
             else:
-                return
+                return config
+        raise AssertionError(f"{name} has no config")
+
+    def _shortened(self, config: Config, rows: int | None) -> Config:
+        """No larger than the operands are."""
+        block_m = _power_of_two(self.shape.M) if rows is None else rows
+        return config._replace(
+            block_m=block_m if rows is not None else min(config.block_m, block_m),
+            block_n=min(config.block_n, _power_of_two(self.shape.N)),
+        )
 
 
 # Where a config did not fit the device, the number of the one to begin with.
@@ -313,7 +324,7 @@ class Flash:
             for name, size in (("D", shape.D), ("Dv", shape.Dv))
             if not 1 <= size <= _MOST_DEPTH
         ]
-        found = problem(str(spec), shape)
+        found = problem(str(spec))
         return (*reasons, found) if found else tuple(reasons)
 
     def tiles(self, spec: AttentionSpec, shape: Shape, target: Target) -> Tiles:
@@ -412,7 +423,8 @@ def _attend(
         if tma:
             read["K"] = _described(inputs.k, config.block_n, depth)
             read["V"] = _described(inputs.v, config.block_n, depth_v)
-        swizzle = call.swizzle(shape.N * (shape.D + shape.Dv) * call.itemsize)
+        group = 1 if packed else call.group
+        swizzle = call.swizzle(shape.N * (shape.D + shape.Dv) * call.itemsize, heads, group)
         return {
             **read,
             "Out": out,
@@ -421,7 +433,7 @@ def _attend(
             "OS": out.stride(),
             "row_tiles": tiles(config),
             "splits": parts,
-            "swizzle": swizzle if packed else swizzle * call.group,
+            "swizzle": swizzle,
             **call.score,
             **call.mask,
             "RESIDUAL": functions.residual,
@@ -589,6 +601,7 @@ class _Backward:
                 "Lse": self.cotangents.lse.contiguous(),
                 "Dlse": None if dlse is None else dlse.contiguous(),
                 "HAS_DLSE": dlse is not None,
+                "BASE_2": functions.score is None,
                 "Lse2": lse2,
                 "Delta": delta,
                 "SINK": functions.sink,
@@ -635,7 +648,9 @@ class _Backward:
                 **facts,
                 **_kv_gradients(dk, dv),
                 "key_tiles": _tiles(shape.N, config.block_n),
-                "swizzle": call.swizzle(call.group * shape.M * (shape.D + shape.Dv) * call.itemsize),
+                "swizzle": call.swizzle(
+                    call.group * shape.M * (shape.D + shape.Dv) * call.itemsize, shape.B * shape.Hkv
+                ),
                 **call.score,
                 **self.slope,
                 **call.mask,
@@ -669,7 +684,7 @@ class _Backward:
                 **facts,
                 "Dq": dq,
                 "DQS": dq.stride(),
-                "swizzle": call.swizzle(shape.N * (shape.D + shape.Dv) * call.itemsize) * call.group,
+                "swizzle": call.swizzle(shape.N * (shape.D + shape.Dv) * call.itemsize, shape.B * shape.H, call.group),
                 **call.score,
                 **self.slope,
                 **call.mask,
@@ -692,9 +707,8 @@ class _Backward:
         """Adds what rows without an allowed key give; how many keys each of them is uniform over."""
         call, shape, functions = self.call, self.shape, self.functions
         count = torch.empty_like(delta)
-        (config, *_) = tuning.configs("uniform", call.arch, call.itemsize, call.depth)
-        row_tiles = _tiles(shape.M, config.block_m)
-        found = torch.empty(row_tiles * shape.B * shape.H, dtype=torch.int32, device=call.device)
+        # one entry for each tile of rows, however small they are
+        found = torch.empty(_tiles(shape.M, 16) * shape.B * shape.H, dtype=torch.int32, device=call.device)
         shared = {
             **call.operands,
             **self.gradient,
@@ -709,7 +723,7 @@ class _Backward:
             **call.of_q,
             **call.of_v,
         }
-        call.launch(
+        used = call.launch(
             self.kernels.uniform_queries,
             "uniform",
             self._grid(shape.B * shape.H),
@@ -737,6 +751,7 @@ class _Backward:
                     **self._per_row(config),
                     "BLOCK_N": config.block_n,
                 },
+                used.block_m,
             )
         return count
 
@@ -813,7 +828,10 @@ class _Backward:
         if meaning.sink is None or not wanted:
             return
         block = block_of(inputs, (0, shape.B), (0, shape.H), (0, shape.M), (0, 1))
-        sink = tensor_of(meaning.sink(block)[0], torch.float32).to(self.call.device)
+        sink = meaning.sink(block)[0]
+        if not isinstance(sink, Tensor):
+            return
+        sink = tensor_of(sink, torch.float32)
         delta = (self.dout.float() * self.cotangents.out).sum(-1)
         lse = self.cotangents.lse
         dsink = (-torch.sigmoid(sink[..., 0] - lse) * delta)[..., None]

@@ -41,13 +41,15 @@ def row_facts(
     row_tiles,
     SINK: tl.constexpr,
     HAS_DLSE: tl.constexpr,
+    BASE_2: tl.constexpr,
     DV: tl.constexpr,
     BLOCK_DV: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):
-    """For each row its log-sum-exp with the sink in base 2, and Σ dout·out - dlse·P(no sink)/P.
+    """For each row its log-sum-exp with the sink, and Σ dout·out - dlse·P(no sink)/P.
 
-    The first is NaN where no score is above -inf: weights are NaN in cells that are allowed, and 0 in others, as everywhere.
+    The first is in base 2 if BASE_2, as the score is that is the dot product times a number.  It is NaN where no score is above
+    -inf: weights are NaN in cells that are allowed, and 0 in others, as everywhere.
     """
     H, M = Z[1], Z[3]
     program = tl.program_id(0)
@@ -69,7 +71,9 @@ def row_facts(
     if HAS_DLSE:
         factor = tl.where(alone > UNIFORM, tl.exp(lse - alone), 0.0)
         delta = delta - tl.load(Dlse + at).to(tl.float32) * factor
-    lse = tl.where(lse > UNIFORM, lse * LOG2E, float("nan"))
+    lse = tl.where(lse == float("-inf"), float("nan"), lse)
+    if BASE_2:
+        lse = lse * LOG2E
     tl.store(Lse2 + at, lse, mask=row < M)
     tl.store(Delta + at, delta, mask=row < M)
 
@@ -112,7 +116,7 @@ def row_norms(
     wanted = tl.abs(lse) > MOST
     norm = tl.full([BLOCK_M], 1.0, tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
-        lo, _, _, hi = visited(KEYS, b, h, m, N, Z, L, BLOCK_N)
+        lo, _full, _full_stop, hi = visited(KEYS, b, h, m, N, Z, L, BLOCK_N)
         q = pointer_tile(base(Q, b, h, QS), m, QS, D, BLOCK_D)
         keys = base(K, b, h // (H // Hkv), KS)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -121,12 +125,12 @@ def row_norms(
             k = pointer_tile(keys, tl.minimum(n, N - 1), KS, D, BLOCK_D)
             x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
             x = SCORE(x, b, h, m[:, None], n[None, :], Z, L)
-            p = tl.where((n < N)[None, :], tl.exp2(x * SCALE - lse[:, None]), 0.0)
+            p = tl.where((n < N)[None, :], tl.exp2((x - lse[:, None]) * SCALE), 0.0)
             if ALLOWED is not None:
                 p = tl.where(ALLOWED(b, h, m[:, None], n[None, :], Z, L), p, 0.0)
             total += tl.sum(p, 1)
         if SINK is not None:
-            total += tl.exp2(SINK(b, h, m, Z, L) * LOG2E - lse)
+            total += tl.exp(SINK(b, h, m, Z, L) - lse)
         norm = tl.where(wanted, 1.0 / total, 1.0)
     tl.store(Norm + at, norm, mask=row < M)
 
@@ -156,10 +160,10 @@ def _gradient_of_scores(
     Args:
         keep: the cells that dropout keeps, where KEEP is not None.
     """
-    x = s
     if SCORE is not None:
-        x = SCORE(s, b, h, m, n, Z, L)
-    p = tl.exp2(x * SCALE - lse)
+        p = tl.exp2((SCORE(s, b, h, m, n, Z, L) - lse) * SCALE)
+    else:
+        p = tl.exp2(s * SCALE - lse)
     if NORM:
         p = p * norm
     if KEEP is not None:
@@ -472,7 +476,9 @@ def _query_tiles(
         keep = 0
         if THRESHOLD is not None:
             keep = dropped(seed, row0, row1, n, THRESHOLD) == 0
-        _, dx = _gradient_of_scores(s, dp, b, h, m, n, lse, delta, norm, keep, Z, L, SCALE, SCORE, MASK, NORM, KEEP)
+        _weights, dx = _gradient_of_scores(
+            s, dp, b, h, m, n, lse, delta, norm, keep, Z, L, SCALE, SCORE, MASK, NORM, KEEP
+        )
         if SLOPE is not None:
             dx = _sloped(dx, s, b, h, m, n, Z, L, SLOPE, MASK)
         if TAIL:
@@ -702,7 +708,7 @@ def gradient_of_leaf(
             at = (tl.cast(b, tl.int64) * H + h) * M + m1
             lse, delta = tl.load(Lse2 + at)[:, None], tl.load(Delta + at)[:, None]
             norm = tl.load(Norm + at)[:, None]
-            first, _, _, stop = visited(KEYS, b, h, m1, N, Z, L, BLOCK_N)
+            first, _full, _full_stop, stop = visited(KEYS, b, h, m1, N, Z, L, BLOCK_N)
             count = 1.0
             uniform = row < 0
             if MINIMAL is not None:
@@ -729,7 +735,7 @@ def gradient_of_leaf(
                 keep = 0
                 if THRESHOLD is not None:
                     keep = dropped(seed, row0, row1, n, THRESHOLD) == 0
-                _, dx = _gradient_of_scores(
+                _weights, dx = _gradient_of_scores(
                     s, dp, b, h, m, n, lse, delta, norm, keep, Z, L, SCALE, SCORE, ALLOWED, True, KEEP
                 )
                 counted = inside
@@ -738,7 +744,7 @@ def gradient_of_leaf(
                 if MINIMAL is not None:
                     if THRESHOLD is not None:
                         dp = tl.where(keep, dp * KEEP, 0.0)
-                    _, attached, _ = MINIMAL(b, h, m, n, Z, L)
+                    _minimal, attached, _allowed = MINIMAL(b, h, m, n, Z, L)
                     dx = tl.where(uniform[:, None], (dp - delta) / count, dx)
                     counted = tl.where(uniform[:, None], inside & attached, counted)
                 slope = BY_LOAD(s, b, h, m, n, Z, L)
@@ -816,7 +822,7 @@ def uniform_queries(
         cells = tl.zeros([BLOCK_M, BLOCK_N], tl.int32) == 0
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[None, :]
-            minimal, _, allowed = MINIMAL(b, h, m, n, Z, L)
+            minimal, _attached, allowed = MINIMAL(b, h, m, n, Z, L)
             count += tl.sum((cells & minimal & (n < N)).to(tl.float32), 1)
             allowed_keys = tl.maximum(allowed_keys, tl.max((cells & allowed & (n < N)).to(tl.int32), 1))
         wanted = wanted & (allowed_keys == 0)
@@ -842,7 +848,7 @@ def uniform_queries(
                 dp = tl.dot(dout, tl.trans(v), input_precision=PRECISION)
                 if THRESHOLD is not None:
                     dp = tl.where(dropped(seed, row0, row1, n, THRESHOLD), 0.0, dp * KEEP)
-                _, attached, _ = MINIMAL(b, h, m, n, Z, L)
+                _minimal, attached, _allowed = MINIMAL(b, h, m, n, Z, L)
                 counted = (wanted & (count > 0.0))[:, None] & attached & (n < N)
                 dx = (dp - delta) / count[:, None]
                 if SLOPE is not None:
@@ -922,7 +928,7 @@ def uniform_keys(
                 at_row = (tl.cast(b, tl.int64) * H + h) * M + m1
                 count = tl.where(row < M, tl.load(Count + at_row), -1.0)[None, :]
                 dout = pointer_tile(base(Dout, b, h, DS), m1, DS, DV, BLOCK_DV)
-                minimal, attached, _ = MINIMAL(b, h, m, n, Z, L)
+                minimal, attached, _allowed = MINIMAL(b, h, m, n, Z, L)
                 # a row of no key at all has NaN for its weights
                 weight = tl.where((count > 0.0) & minimal, 1.0 / count, tl.zeros([BLOCK_N, BLOCK_M], tl.float32))
                 weight = tl.where(count == 0.0, float("nan"), weight)

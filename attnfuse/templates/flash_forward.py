@@ -2,7 +2,7 @@
 
 `attend` works on a block of rows of one head, or, PACKED, on rows of all query heads that share a KV head; SPLIT, on a part of
 their keys, whose results `combine` puts together (flash decoding).  `empty_rows` fills in rows in which no key is allowed.
-Scores are in base 2 inside; the log-sum-exp that is stored is natural.
+The log-sum-exp that is stored is natural.
 """
 
 import triton
@@ -76,11 +76,19 @@ def _over_keys(
             x = tl.where(MASK(b, h, m, n, Z, L), x, float("-inf"))
         if TAIL:
             x = tl.where(n < N, x, float("-inf"))
-        highest = tl.maximum(top, tl.max(x, 1) * SCALE)
+        highest = tl.max(x, 1)
+        if SCORE is None:
+            highest = highest * SCALE
+        highest = tl.maximum(top, highest)
         # a row without a score above -inf so far
         around = tl.where(highest == float("-inf"), 0.0, highest)
-        p = tl.exp2(x * SCALE - around[:, None])
-        decay = tl.exp2(top - around)
+        if SCORE is None:
+            p = tl.exp2(x * SCALE - around[:, None])
+            decay = tl.exp2(top - around)
+        else:
+            # not scaled before the subtraction: finfo.min in a bias would become -inf
+            p = tl.exp2((x - around[:, None]) * SCALE)
+            decay = tl.exp2((top - around) * SCALE)
         total = total * decay + tl.sum(p, 1)
         if THRESHOLD is not None:
             p = tl.where(dropped(seed, row0, row1, n, THRESHOLD), 0.0, p)
@@ -273,7 +281,9 @@ def attend(
             BLOCK_DV,
             BLOCK_N,
         )
-    lse = top * LN2 + tl.log(total)
+    if SCORE is None:
+        top = top * LN2
+    lse = top + tl.log(total)
     at_row = (tl.cast(b, tl.int64) * H + h1) * M + m1
     if SPLIT:
         # a part without a key has the weight zero
@@ -375,7 +385,7 @@ def empty_rows(
         cells = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
         for n0 in tl.range(0, N, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N)[None, :]
-            minimal, _, allowed = MINIMAL(b, h, m[:, None], n, Z, L)
+            minimal, _attached, allowed = MINIMAL(b, h, m[:, None], n, Z, L)
             weight = ((cells == 0) & minimal & (n < N)).to(tl.float32)
             some = tl.maximum(some, tl.max(((cells == 0) & allowed & (n < N)).to(tl.int32), 1))
             count += tl.sum(weight, 1)

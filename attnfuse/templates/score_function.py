@@ -12,6 +12,7 @@ shows that this is enough, else 64.  Indices of loads are clamped to the leaf, s
 from __future__ import annotations
 
 import linecache
+import math
 import zlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -28,6 +29,8 @@ _INT32: Final = (-(2**31), 2**31 - 1)
 _INT64: Final = (-(2**63), 2**63 - 1)
 _OF_DTYPE: Final = {"u8": (0, 255), "i8": (-128, 127), "i16": (-(2**15), 2**15 - 1), "i32": _INT32, "i64": _INT64}
 _LOG2E: Final = 1.4426950408889634
+_FP32_MAX: Final = 3.4028234663852886e38
+_FP32_TINY: Final = 2.0**-126
 _MOST_POWER: Final = 8
 
 
@@ -47,7 +50,7 @@ class Functions:
     """What kernels ask of a spec; None where the answer is trivial.
 
     Args:
-        scale: what the score is multiplied by for base 2: log2(e), times c where the score is `s*c` with c > 0.
+        scale: what takes the score, or its difference from another, to base 2: log2(e), times c where it is `s*c` with c > 0.
         score: `score(s, b, h, m, n, Z, L)`; None where it is `s*c`.
         slope: its derivative by s, as a number or as a function of the arguments of `score`.
         allowed: `allowed(b, h, m, n, Z, L)`, whether every tier allows a cell.
@@ -109,12 +112,13 @@ def functions_for(
     )
 
 
-def problem(text: str, shape: Shape) -> str | None:
-    """Why the spec with that text has no device code; None if it has."""
+@lru_cache(maxsize=1024)
+def problem(text: str) -> str | None:
+    """Why the spec with that text has no device code at any size; None if it has."""
     spec = parse_spec(text)
     layouts = tuple(LeafLayout((1,) * leaf.rank, (1,) * leaf.rank) for leaf in spec.leaves)
     try:
-        functions_for(text, shape, (1,) * spec.size_count(), layouts)
+        functions_for(text, Shape(1, 1, 1, 1, 1, 1, 1), (1,) * spec.size_count(), layouts)
     except Unsupported as error:
         return str(error)
     return None
@@ -259,7 +263,7 @@ class _Body:
         op = expr.op
         if op == "where":
             condition = self.truth(expr.args[0])
-            return f"tl.where({condition}, {self.floating(expr.args[1])}, {self.floating(expr.args[2])})"
+            return f"tl.where({condition}, {self.tensor(expr.args[1])}, {self.floating(expr.args[2])})"
         if op == "pow":
             return self._power(expr)
         args = [self.floating(a) for a in expr.args]
@@ -399,8 +403,13 @@ _FUNCTIONS: Final[Mapping[str, str]] = {
 
 
 def _literal(value: float) -> str:
+    """A number as Triton reads it: as fp32, which it takes for fp64 outside of fp32's normal range."""
+    if math.isfinite(value) and abs(value) > _FP32_MAX:
+        value = math.copysign(math.inf, value)
     text = repr(value)
-    return f'float("{text}")' if text.strip("-") in ("inf", "nan") else text
+    if not math.isfinite(value):
+        return f'float("{text}")'
+    return text if value == 0 or abs(value) >= _FP32_TINY else f"tl.full([], {text}, tl.float32)"
 
 
 @lru_cache(maxsize=4096)
