@@ -11,7 +11,9 @@ import hypothesis
 import pytest
 
 # Read by torch when it is first imported, which is after this.
-_CACHES = tempfile.mkdtemp(prefix="attnfuse-tests-")
+# `make gpu` names a folder, so that its processes share what they compile and a second run finds it.
+_GIVEN = os.environ.get("ATTNFUSE_TESTS_CACHE")
+_CACHES = _GIVEN or tempfile.mkdtemp(prefix="attnfuse-tests-")
 os.environ["TORCHINDUCTOR_CACHE_DIR"] = os.path.join(_CACHES, "inductor")
 os.environ["TRITON_CACHE_DIR"] = os.path.join(_CACHES, "triton")
 os.environ["TORCHINDUCTOR_COMPILE_THREADS"] = "1"
@@ -28,15 +30,17 @@ def pytest_ignore_collect(collection_path: Path) -> bool | None:
     if not collection_path.name.startswith("test_"):
         return None
     folder = collection_path.parent.name
+    interpreting = os.environ.get("TRITON_INTERPRET") == "1"
     if folder == "gpu":
         import torch
 
-        return True if not torch.cuda.is_available() else None
-    return True if (folder == "interpreted") != (os.environ.get("TRITON_INTERPRET") == "1") else None
+        return True if interpreting or not torch.cuda.is_available() else None
+    return True if (folder == "interpreted") != interpreting else None
 
 
 def pytest_unconfigure(config: pytest.Config) -> None:
-    shutil.rmtree(_CACHES, ignore_errors=True)
+    if not _GIVEN:
+        shutil.rmtree(_CACHES, ignore_errors=True)
 
 
 @pytest.fixture

@@ -22,7 +22,7 @@ from attnfuse.templates import dropout, tuning
 from attnfuse.templates.base import Cotangents, Inputs, Target, Tiles
 from attnfuse.templates.cover import block_of
 from attnfuse.templates.evaluate import varies
-from attnfuse.templates.score_function import Functions, LeafLayout, functions_for, problem
+from attnfuse.templates.score_function import Functions, LeafForm, Limits, functions_for, problem, scale_of
 from attnfuse.templates.tuning import Config
 from attnfuse.templates.work import add_gradient, meaning_of, slopes_of, tensor_of
 from attnfuse.tiles import bounds, never_empty
@@ -131,11 +131,11 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(text: str, shape: Shape, sizes: tuple[int, ...], leaves: tuple[LeafLayout, ...]) -> _Plan:
+def _plan(text: str, shape: Shape, sizes: tuple[int, ...], leaves: tuple[LeafForm, ...]) -> _Plan:
     spec = parse_spec(text)
     fills = {tier.fill for tier in spec.program.tiers}
     data = [load for load in loads(spec.program.body) if spec.leaf(load.leaf).kind == "float"]
-    functions = functions_for(text, shape, sizes, leaves)
+    functions = functions_for(text, scale_of(text, shape, sizes), Limits.of(shape, sizes), leaves)
     return _Plan(
         functions,
         may_be_empty=not never_empty(bounds(spec), shape),
@@ -166,8 +166,8 @@ class _Call:
         self.device = inputs.q.device
         self.arch = arch_of(self.device)
         leaves = [_readable(x) for x in inputs.leaves]
-        self.layouts = tuple(LeafLayout(tuple(x.shape), x.stride()) for x in leaves)
-        self.plan = _plan(inputs.text, shape, inputs.sizes, self.layouts)
+        self.forms = tuple(LeafForm.of(x.shape, x.stride()) for x in leaves)
+        self.plan = _plan(inputs.text, shape, inputs.sizes, self.forms)
         functions, p = self.plan.functions, inputs.spec.dropout
         self.group = shape.H // shape.Hkv
         self.depth = max(_power_of_two(shape.D), _power_of_two(shape.Dv))
@@ -177,11 +177,7 @@ class _Call:
         self.score = {"SCALE": functions.scale, "SCORE": functions.score}
         self.sizes_and_leaves = {
             "Z": (shape.B, shape.H, shape.Hkv, shape.M, shape.N, *inputs.sizes),
-            "L": tuple(
-                part
-                for x, layout in zip(leaves, self.layouts, strict=True)
-                for part in (x, *layout.strides, *(size - 1 for size in layout.shape))
-            ),
+            "L": tuple(part for x in leaves for part in (x, *x.stride(), *(size - 1 for size in x.shape))),
         }
         self.dropout = {"Seed": self.seed, "THRESHOLD": dropout.threshold(p) if p else None}
         self.keep = 1 / (1 - p)
@@ -760,7 +756,8 @@ class _Backward:
         call, shape, inputs = self.call, self.shape, self.call.inputs
         wanted = frozenset(totals)
         slopes = slopes_of(inputs.text, wanted)
-        functions = functions_for(inputs.text, shape, inputs.sizes, call.layouts, slopes.loads)
+        scale, limits = scale_of(inputs.text, shape, inputs.sizes), Limits.of(shape, inputs.sizes)
+        functions = functions_for(inputs.text, scale, limits, call.forms, slopes.loads)
         block = block_of(inputs, (0, shape.B), (0, shape.H), (0, shape.M), (0, shape.N))
         for load, by_load, indices in zip(slopes.loads, functions.by_load, slopes.indices, strict=True):
             grad = self._of_load(facts, count, load, by_load)

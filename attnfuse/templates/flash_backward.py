@@ -26,7 +26,7 @@ from attnfuse.templates.tile import (
 )
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def row_facts(
     Out,
     Dout,
@@ -78,7 +78,7 @@ def row_facts(
     tl.store(Delta + at, delta, mask=row < M)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def row_norms(
     Q,
     K,
@@ -268,7 +268,7 @@ def _over_rows(
     return dk, dv
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["key_tiles", "swizzle"])
 def gradient_of_keys(
     Q,
     K,
@@ -487,7 +487,7 @@ def _query_tiles(
     return dq
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "swizzle"])
 def gradient_of_queries(
     Q,
     K,
@@ -634,7 +634,7 @@ def gradient_of_queries(
     store_tile(Dq, b, h, m1, row < M, DQS, dq * FACTOR, D, BLOCK_D)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["batches", "heads", "row_tiles", "key_tiles"])
 def gradient_of_leaf(
     Q,
     K,
@@ -761,7 +761,7 @@ def gradient_of_leaf(
         tl.store(Grad + tl.cast(cols, tl.int64) * GS[3], tl.sum(total, 0), mask=cols < N)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def uniform_queries(
     Q,
     K,
@@ -860,7 +860,7 @@ def uniform_queries(
     tl.store(Found + program, tl.max((count >= 0.0).to(tl.int32), 0))
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "key_tiles"])
 def uniform_keys(
     Q,
     K,

@@ -110,7 +110,7 @@ def _finish(value, lse, b, h, m, Z, L, SINK: tl.constexpr, ZERO: tl.constexpr):
     return value
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles", "swizzle", "splits"])
 def attend(
     Q,
     K,
@@ -298,7 +298,7 @@ def attend(
         store_tile(Out, b, h1, m1, valid, OS, value, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["splits"])
 def combine(
     Parts,
     PartLse,
@@ -337,7 +337,7 @@ def combine(
     store_tile(Out, b, h + one, m + one, one == 0, OS, value, DV, BLOCK_DV)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["row_tiles"])
 def empty_rows(
     V,
     Out,

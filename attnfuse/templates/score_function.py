@@ -23,7 +23,7 @@ from attnfuse.score import BOOLEANS, SIZES, Call, Const, Expr, Load, S, Var, cal
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
 from attnfuse.templates.cover import named_sizes
-from attnfuse.tiles import Bounds, Env, bounds, interval, row_bounds
+from attnfuse.tiles import Bounds, Env, Range, bounds, interval, row_bounds
 
 _INT32: Final = (-(2**31), 2**31 - 1)
 _INT64: Final = (-(2**63), 2**63 - 1)
@@ -38,11 +38,38 @@ class Unsupported(Exception):
     """What has no device code, as a clause that names it and its limit."""
 
 
-class LeafLayout(NamedTuple):
-    """Shape and strides of a leaf's tensor."""
+class LeafForm(NamedTuple):
+    """A leaf's number of dimensions, and whether offsets in it take more than 32 bits."""
 
-    shape: tuple[int, ...]
-    strides: tuple[int, ...]
+    rank: int
+    wide: bool
+
+    @classmethod
+    def of(cls, shape: Sequence[int], strides: Sequence[int]) -> LeafForm:
+        """The form of a tensor of that shape and those strides."""
+        reach = sum((size - 1) * abs(stride) for size, stride in zip(shape, strides, strict=True))
+        return cls(len(shape), reach > _INT32[1])
+
+
+class Limits(NamedTuple):
+    """Ranges of sizes: what the text of a function may depend on, so that one text serves many lengths."""
+
+    B: Range
+    H: Range
+    Hkv: Range
+    M: Range
+    N: Range
+    more: tuple[Range, ...] = ()
+
+    @classmethod
+    def of(cls, shape: Shape, sizes: Sequence[int] = ()) -> Limits:
+        """Ranges up to the next power of two."""
+
+        def up(size: int) -> int:
+            return 1 << max(0, size - 1).bit_length()
+
+        B, H, Hkv, M, N, *_ = ((1, up(size)) for size in shape)
+        return cls(B, H, Hkv, M, N, tuple((0, up(x)) if x >= 0 else (-up(-x), -1) for x in sizes))
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +107,18 @@ _CELL: Final = ("b", "h", "m", "n")
 
 @lru_cache(maxsize=1024)
 def functions_for(
-    text: str, shape: Shape, sizes: tuple[int, ...], leaves: tuple[LeafLayout, ...], by_load: tuple[Load, ...] = ()
+    text: str, scale: float | None, limits: Limits, leaves: tuple[LeafForm, ...], by_load: tuple[Load, ...] = ()
 ) -> Functions:
-    """The device functions of the spec with that text.  Raises Unsupported."""
+    """The device functions of the spec with that text.  Raises Unsupported.
+
+    Args:
+        scale: what `scale_of` says.
+    """
     spec = parse_spec(text)
     program = spec.program
-    writer = _Writer(spec, shape, sizes, leaves)
+    writer = _Writer(spec, limits, leaves)
     known, across = bounds(spec), row_bounds(spec)
     form = affine(program.body)
-    scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
     pure = form is not None and form.bias is None and scale is not None and scale > 0
     score = None if pure else writer.function("score", ("s", *_CELL), [program.body], floating=True)
     slope: Any = scale
@@ -112,13 +142,21 @@ def functions_for(
     )
 
 
+@lru_cache(maxsize=4096)
+def scale_of(text: str, shape: Shape, sizes: tuple[int, ...]) -> float | None:
+    """The factor of s in a score that is linear in it, where that is the same everywhere."""
+    form = affine(parse_spec(text).program.body)
+    return None if form is None else constant(form.scale, named_sizes(shape, sizes))
+
+
 @lru_cache(maxsize=1024)
 def problem(text: str) -> str | None:
     """Why the spec with that text has no device code at any size; None if it has."""
     spec = parse_spec(text)
-    layouts = tuple(LeafLayout((1,) * leaf.rank, (1,) * leaf.rank) for leaf in spec.leaves)
+    shape, sizes = Shape(1, 1, 1, 1, 1, 1, 1), (1,) * spec.size_count()
+    forms = tuple(LeafForm(leaf.rank, wide=False) for leaf in spec.leaves)
     try:
-        functions_for(text, Shape(1, 1, 1, 1, 1, 1, 1), (1,) * spec.size_count(), layouts)
+        functions_for(text, scale_of(text, shape, sizes), Limits.of(shape, sizes), forms)
     except Unsupported as error:
         return str(error)
     return None
@@ -147,21 +185,21 @@ def _minimal(spec: AttentionSpec) -> tuple[Expr, Expr, Expr]:
 
 
 class _Writer:
-    """Writes and compiles functions of one spec at one shape."""
+    """Writes and compiles functions of one spec."""
 
-    def __init__(self, spec: AttentionSpec, shape: Shape, sizes: tuple[int, ...], leaves: Sequence[LeafLayout]) -> None:
+    def __init__(self, spec: AttentionSpec, limits: Limits, leaves: Sequence[LeafForm]) -> None:
         self.spec = spec
         self.sizes = {name: f"Z[{at}]" for at, name in enumerate(SIZES)}
-        self.sizes |= {f"i{at}": f"Z[{len(SIZES) + at}]" for at in range(len(sizes))}
-        self.layouts = {leaf.name: layout for leaf, layout in zip(spec.leaves, leaves, strict=True)}
+        self.sizes |= {f"i{at}": f"Z[{len(SIZES) + at}]" for at in range(len(limits.more))}
+        self.forms = {leaf.name: form for leaf, form in zip(spec.leaves, leaves, strict=True)}
         self.starts: dict[str, int] = {}
         at = 0
         for leaf in spec.leaves:
             self.starts[leaf.name] = at
             at += 1 + 2 * leaf.rank
-        env: dict[str | Load, tuple[float, float]] = {name: (getattr(shape, name),) * 2 for name in SIZES}
-        env |= {name.lower(): (0, getattr(shape, name) - 1) for name in ("B", "H", "M", "N")}
-        env |= {f"i{i}": (size, size) for i, size in enumerate(sizes)}
+        env: dict[str | Load, tuple[float, float]] = {name: getattr(limits, name) for name in SIZES}
+        env |= {name.lower(): (0, getattr(limits, name)[1] - 1) for name in ("B", "H", "M", "N")}
+        env |= {f"i{i}": found for i, found in enumerate(limits.more)}
         for expr in spec.program.expressions():
             for load in loads(expr):
                 dtype = spec.leaf(load.leaf).dtype
@@ -365,28 +403,15 @@ class _Body:
 
     def _load(self, load: Load) -> str:
         """The element, at indices clamped to the leaf; offsets of rows and keys are 32 bits wide where the leaf is small."""
-        start, layout = self.writer.starts[load.leaf], self.writer.layouts[load.leaf]
-        rank = len(layout.shape)
-        reach = sum((size - 1) * abs(stride) for size, stride in zip(layout.shape, layout.strides, strict=True))
-        pointer = f"L[{start}]"
+        start, form = self.writer.starts[load.leaf], self.writer.forms[load.leaf]
         offsets = []
         for axis, index in enumerate(load.indices):
-            at = self._clamped(index, f"L[{start + 1 + rank + axis}]", layout.shape[axis])
-            stride = f"L[{start + 1 + axis}]"
-            if reach > _INT32[1] or free_vars(index) <= {"b", "h"}:
-                offsets.append(f"tl.cast({at}, tl.int64) * {stride}")
-            else:
-                offsets.append(f"tl.cast({at}, tl.int32) * {stride}")
-        for offset in sorted(offsets, key=lambda text: "int64" not in text):
-            pointer += f" + {offset}"
+            at = f"tl.minimum(tl.maximum({self.integer(index)}, 0), L[{start + 1 + form.rank + axis}])"
+            wide = form.wide or free_vars(index) <= {"b", "h"}
+            offsets.append(f"tl.cast({at}, tl.int{64 if wide else 32}) * L[{start + 1 + axis}]")
+        # what is the same for a tile is added to the pointer first
+        pointer = " + ".join((f"L[{start}]", *sorted(offsets, key=lambda text: "int64" not in text)))
         return f"tl.load({pointer})"
-
-    def _clamped(self, index: Expr, last: str, size: int) -> str:
-        text = self.integer(index)
-        low, high = interval(index, self.writer.env)
-        if 0 <= low <= high < size and free_vars(index) <= {"b", "h"}:
-            return text
-        return f"tl.minimum(tl.maximum({text}, 0), {last})"
 
 
 _SIGNS: Final[Mapping[str, str]] = {"add": "+", "sub": "-", "mul": "*", "div": "/"}

@@ -24,7 +24,9 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.gpu", description=__doc__)
     parser.add_argument("--only", metavar="TEXT", action="append", help="only cases whose name holds TEXT")
     parser.add_argument("--seconds", type=float, default=360, help="no case is begun after this time (default: 360)")
-    parser.add_argument("--pack", type=Path, metavar="FILE", help="keep this tar.gz of all results up to date")
+    parser.add_argument(
+        "--pack", type=Path, metavar="FILE", help="keep this tar.gz of all results up to date; begin with what is in it"
+    )
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     chosen = parser.parse_args()
     names = [name for name in CASES if not chosen.only or any(part in name for part in chosen.only)]
@@ -37,8 +39,11 @@ def main() -> int:
         return 0
     if not torch.cuda.is_available():
         parser.error("no CUDA device: these cases run on one; `python -m benchmarks` has those of the CPU")
+    if chosen.pack and chosen.pack.exists():
+        with tarfile.open(chosen.pack) as archive:
+            archive.extractall(results.FOLDER, filter="data")
     start = time.monotonic()
-    where, versions, commit = machine.machine(), machine.versions(), machine.commit()
+    where, versions, commit = machine.machine(), machine.versions(), machine.commit() or machine.tree()
     found = []
     for name in names:
         case = CASES[name]

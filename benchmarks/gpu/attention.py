@@ -158,12 +158,14 @@ def ours(kind: Kind, size: Size) -> Call:
 
 def library(kind: Kind, size: Size, backend: SDPBackend) -> Call | None:
     """`scaled_dot_product_attention` with one of its kernels, where that has the mask without a dense tensor."""
-    if kind.name not in ("full", "causal") or (kind.causal and size.M != size.N):
+    if kind.name not in ("full", "causal") or (kind.causal and size.M != size.N and size.M != 1):
         return None
+    # the last row of a causal mask sees every key
+    causal = kind.causal and size.M > 1
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         with sdpa_kernel(backend):
-            return F.scaled_dot_product_attention(q, k, v, is_causal=kind.causal, enable_gqa=size.H != size.Hkv)
+            return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=size.H != size.Hkv)
 
     return call
 

@@ -8,7 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 import torch
 
 Run = Callable[[], object]
-# Work shorter than this is timed as a CUDA graph, so that launches do not count.
+# Where one of the runs is shorter than this, all are timed as CUDA graphs, so that launches do not count.
 _SHORT = 1e-3
 _FLUSH_BYTES = 256 << 20
 _SAMPLE = 3e-3
@@ -41,18 +41,24 @@ def _graphed(run: Run) -> Run:
     return graph.replay
 
 
-def seconds(runs: Mapping[str, Run], samples: int) -> dict[str, list[float]]:
-    """`samples` times of each, taken in turn so that the clock's moods meet all of them; the L2 cache is cold at each."""
-    ready: dict[str, tuple[Run, int]] = {}
-    for name, run in runs.items():
-        for _ in range(3):
-            run()
-        torch.cuda.synchronize()
-        once = statistics.median(_events(run, 1) for _ in range(3))
-        if once < _SHORT:
-            run = _graphed(run)
-            once = max(statistics.median(_events(run, 1) for _ in range(3)), 1e-6)
-        ready[name] = run, max(1, round(_SAMPLE / once))
+def _warm(run: Run) -> float:
+    for _ in range(3):
+        run()
+    torch.cuda.synchronize()
+    return statistics.median(_events(run, 1) for _ in range(3))
+
+
+def seconds(runs: Mapping[str, Run], samples: int, *, graphs: bool = False) -> dict[str, list[float]]:
+    """`samples` times of each, taken in turn so that the clock's moods meet all of them; each begins with a cold L2 cache.
+
+    Args:
+        graphs: run all of them as CUDA graphs if one is short.  Not for backwards, which run on their forwards' stream.
+    """
+    once = {name: _warm(run) for name, run in runs.items()}
+    if graphs and min(once.values()) < _SHORT:
+        runs = {name: _graphed(run) for name, run in runs.items()}
+        once = {name: _warm(run) for name, run in runs.items()}
+    ready = {name: (run, max(1, round(_SAMPLE / max(once[name], 1e-6)))) for name, run in runs.items()}
     flush = torch.empty(_FLUSH_BYTES, dtype=torch.int8, device="cuda")
     found: dict[str, list[float]] = {name: [] for name in runs}
     names = list(runs)

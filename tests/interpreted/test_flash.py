@@ -153,6 +153,19 @@ def test_a_bias_of_the_least_number_is_uniform(tier: str) -> None:
     assert_close(dv, same, precise.double(), float(dout.abs().sum(2).max()))
 
 
+def test_one_text_serves_many_lengths() -> None:
+    """A cache that grows by a key a step must not make new code at each."""
+    text = "pad: bool[:, :]; s*0.125 where n <= m + N - M & n // 8 != m + i0 & pad[b, n] else +min"
+
+    def functions(N: int) -> flash.Functions:
+        shape, form = Shape(1, 4, 2, 1, N, 64, 64), flash.LeafForm.of((1, N), (N, 1))
+        return flash._plan(text, shape, (N,), (form,)).functions
+
+    assert functions(2049) is functions(4096)
+    assert functions(2048) is not functions(2049)
+    assert functions(2048).allowed is functions(2049).allowed
+
+
 LONG = Shape(2, 4, 2, 1, 1200, 16, 16)
 
 
