@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import importlib.util
+import warnings
 from collections.abc import Callable, Iterator
 from contextvars import ContextVar
 from functools import cache, lru_cache
@@ -21,6 +22,7 @@ from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import dropout, tuning
 from attnfuse.templates.base import Cotangents, Inputs, Target, Tiles
 from attnfuse.templates.cover import block_of
+from attnfuse.templates.dense import Dense
 from attnfuse.templates.evaluate import varies
 from attnfuse.templates.score_function import Functions, LeafForm, Limits, functions_for, problem, scale_of
 from attnfuse.templates.tuning import Config
@@ -292,6 +294,27 @@ def _described(x: Tensor, rows: int, depth: int) -> Any:
     return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, depth])
 
 
+@cache
+def _failures() -> tuple[type[Exception], ...]:
+    """What Triton raises where it, or the assembler, cannot make a kernel."""
+    if not has_triton():
+        return ()
+    from triton.compiler.errors import CompilationError
+    from triton.runtime.errors import OutOfResources, PTXASError
+
+    return (CompilationError, OutOfResources, PTXASError)
+
+
+def _warn(inputs: Inputs, error: Exception) -> None:
+    text = str(error).strip().splitlines()
+    warnings.warn(
+        f"no Triton kernel for `{inputs.text}` at {inputs.shape} on {arch_of(inputs.q.device)}: {type(error).__name__}: "
+        f"{text[-1] if text else ''}. It is computed densely, with memory for all scores; please report it",
+        RuntimeWarning,
+        stacklevel=3,
+    )
+
+
 def _tiles(size: int, block: int) -> int:
     return -(-size // block)
 
@@ -331,6 +354,21 @@ class Flash:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and lse, see `Kernel.forward`."""
+        try:
+            return self._forward(inputs)
+        except _failures() as error:
+            _warn(inputs, error)
+            return Dense().forward(inputs)
+
+    def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
+        """The wanted gradients, see `Kernel.backward`."""
+        try:
+            return _backward(inputs, cotangents)
+        except _failures() as error:
+            _warn(inputs, error)
+            return Dense().backward(inputs, cotangents)
+
+    def _forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         shape, device = inputs.shape, inputs.q.device
         out = torch.empty_permuted(
             (shape.B, shape.H, shape.M, shape.Dv), inputs.out_order, dtype=inputs.v.dtype, device=device
@@ -349,10 +387,6 @@ class Flash:
     def _attend(self, call: _Call, out: Tensor, lse: Tensor) -> None:
         heads = call.shape.B * call.shape.H
         _attend(call, out, lse, "attend", packed=False, rows=None, splits=lambda config: 1, heads=heads)
-
-    def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
-        """The wanted gradients, see `Kernel.backward`."""
-        return _backward(inputs, cotangents)
 
 
 class Decode(Flash):

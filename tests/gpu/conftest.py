@@ -13,6 +13,11 @@ if "attnfuse" not in list_backends():
     register_backend(attnfuse, name="attnfuse")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    # a kernel that cannot be made is made good for by a dense one, with this warning
+    config.addinivalue_line("filterwarnings", "error:no Triton kernel:RuntimeWarning")
+
+
 @pytest.fixture(autouse=True)
 def _clean() -> Iterator[None]:
     torch._dynamo.reset()

@@ -9,6 +9,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
@@ -151,6 +152,24 @@ def test_a_bias_of_the_least_number_is_uniform(tier: str) -> None:
     dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
     (dv,), (same,), (precise,) = (torch.autograd.grad(x, (call.v,), dout.to(x.dtype)) for x in (out, original, exact))
     assert_close(dv, same, precise.double(), float(dout.abs().sum(2).max()))
+
+
+def test_a_kernel_that_cannot_be_made_costs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = made(FAMILIES["softcap"][0], SHAPES["grouped"])
+    expected = call.run()[0]
+    grads = torch.autograd.grad(expected.sum(), (call.q, call.k, call.v))
+
+    def fails(*args: Any, **kwargs: Any) -> None:
+        raise OutOfResources(300_000, 232_448, "shared memory")
+
+    monkeypatch.setattr(flash._Call, "launch", fails)
+    with pytest.warns(
+        RuntimeWarning, match="no Triton kernel for `5.\\*tanh.*OutOfResources: out of resource: shared memory"
+    ):
+        out = call.run()[0]
+    torch.testing.assert_close(out, expected)
+    with pytest.warns(RuntimeWarning, match="computed densely"):
+        torch.testing.assert_close(torch.autograd.grad(out.sum(), (call.q, call.k, call.v)), grads)
 
 
 def test_one_text_serves_many_lengths() -> None:
