@@ -309,7 +309,7 @@ def _warn(inputs: Inputs, error: Exception) -> None:
     text = str(error).strip().splitlines()
     warnings.warn(
         f"no Triton kernel for `{inputs.text}` at {inputs.shape} on {arch_of(inputs.q.device)}: {type(error).__name__}: "
-        f"{text[-1] if text else ''}. It is computed densely, with memory for all scores; please report it",
+        f"{text[-1].rstrip('.') if text else ''}. It is computed densely, with memory for all scores; please report it",
         RuntimeWarning,
         stacklevel=3,
     )

@@ -163,9 +163,7 @@ def test_a_kernel_that_cannot_be_made_costs_no_program(monkeypatch: pytest.Monke
         raise OutOfResources(300_000, 232_448, "shared memory")
 
     monkeypatch.setattr(flash._Call, "launch", fails)
-    with pytest.warns(
-        RuntimeWarning, match="no Triton kernel for `5.\\*tanh.*OutOfResources: out of resource: shared memory"
-    ):
+    with pytest.warns(RuntimeWarning, match="no Triton kernel for .*OutOfResources: out of resource: shared memory"):
         out = call.run()[0]
     torch.testing.assert_close(out, expected)
     with pytest.warns(RuntimeWarning, match="computed densely"):
