@@ -9,7 +9,7 @@ natural log-sum-exp of the scores without the sink, contiguous, fp32 (fp64 where
 is fp32's least finite value if the row is uniform over keys filled with `min`, else -inf.  Both results are differentiable
 once, in reverse mode, with respect to q, k, v and floating-point leaves; those gradients are dense in `out_order` too.
 
-There is no autocast rule: the caller writes casts down.  `abi` is `ABI`, so that a graph from another version's cache stops
+There is no autocast rule: the caller writes casts down, and kernels run without autocast.  `abi` is `ABI`, so that a graph from another version's cache stops
 with a message instead of reading its operands wrongly.
 """
 
@@ -190,6 +190,9 @@ def _prepared(
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
     kernel, inputs = _prepared(False, *operands)
+    if torch._C._is_any_autocast_enabled():
+        with torch._C._DisableAutocast():
+            return kernel.forward(inputs)
     return kernel.forward(inputs)
 
 
@@ -210,7 +213,11 @@ def _backward(
     abi: int,
 ) -> list[Tensor]:
     kernel, inputs = _prepared(True, q, k, v, leaves, sizes, seed, spec, out_order, abi)
-    return kernel.backward(inputs, Cotangents(out, lse, dout, dlse, tuple(needs)))
+    cotangents = Cotangents(out, lse, dout, dlse, tuple(needs))
+    if torch._C._is_any_autocast_enabled():
+        with torch._C._DisableAutocast():
+            return kernel.backward(inputs, cotangents)
+    return kernel.backward(inputs, cotangents)
 
 
 def _forward_fake(

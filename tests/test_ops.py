@@ -410,6 +410,30 @@ def test_a_device_without_templates_is_served_densely(monkeypatch: pytest.Monkey
     assert_close(OP(*call(DROPPED))[0], original, exact)
 
 
+@pytest.mark.parametrize("text", [CAUSAL, "5*tanh(s/5) where n <= m else -inf"])
+def test_autocast_does_not_reach_into_kernels(text: str) -> None:
+    q, k, v = (x.detach().requires_grad_() for x in operands())
+    expected = OP(q, k, v, [], [], None, text, [0, 1, 2, 3], ABI)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = OP(q, k, v, [], [], None, text, [0, 1, 2, 3], ABI)[0]
+        grads = torch.autograd.grad(found.sum(), (q, k, v))
+    assert torch.equal(found, expected)
+    assert all(map(torch.equal, grads, torch.autograd.grad(expected.sum(), (q, k, v))))
+
+
+def test_the_dense_template_is_differentiable_through_the_operator(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v, *more = call(CAUSAL)
+    q, k, v = (x.detach().requires_grad_() for x in (q, k, v))
+    expected = torch.autograd.grad(OP(q, k, v, *more)[0].square().sum(), (q, k, v))
+    monkeypatch.setattr(
+        ops, "_kernel", lambda kind, device, training: (Dense(), *ops_kernel(kind, device, training)[1:])
+    )
+    for enabled in (False, True):
+        with torch.autocast("cpu", torch.bfloat16, enabled=enabled):
+            found = torch.autograd.grad(OP(q, k, v, *more)[0].square().sum(), (q, k, v))
+        torch.testing.assert_close(found, expected)
+
+
 ops_kernel = ops._kernel
 
 

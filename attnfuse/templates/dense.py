@@ -5,7 +5,8 @@ It needs memory for several [B, H, M, N] tensors, so it is in no list of templat
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import contextlib
+from collections.abc import Iterator, Sequence
 
 import torch
 from torch import Tensor
@@ -37,7 +38,7 @@ class Dense:
 
     def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
         """The wanted gradients, see `Kernel.backward`."""
-        with torch.enable_grad():
+        with _autograd(), torch.enable_grad():
             q, k, v, *leaves = (
                 x.detach().requires_grad_(needed)
                 for x, needed in zip((inputs.q, inputs.k, inputs.v, *inputs.leaves), cotangents.needs, strict=True)
@@ -60,6 +61,15 @@ class Dense:
             dense = torch.empty_permuted(x.shape, order, dtype=x.dtype, device=x.device)
             out.append(dense.copy_(grad))
         return out
+
+
+@contextlib.contextmanager
+def _autograd() -> Iterator[None]:
+    """Autograd, which the operator's kernels run below; autocast stays off."""
+    included = torch._C._dispatch_tls_local_include_set()
+    excluded = torch._C._dispatch_tls_local_exclude_set() & torch._C._after_autograd_keyset
+    with torch._C._ForceDispatchKeyGuard(included, excluded), torch._C._DisableAutocast():
+        yield
 
 
 def _attention(inputs: Inputs, q: Tensor, k: Tensor, v: Tensor, leaves: Sequence[Tensor]) -> tuple[Tensor, Tensor]:
