@@ -9,8 +9,8 @@ natural log-sum-exp of the scores without the sink, contiguous, fp32 (fp64 where
 is fp32's least finite value if the row is uniform over keys filled with `min`, else -inf.  Both results are differentiable
 once, in reverse mode, with respect to q, k, v and floating-point leaves; those gradients are dense in `out_order` too.
 
-There is no autocast rule: the caller writes casts down, and kernels run without autocast.  `abi` is `ABI`, so that a graph from another version's cache stops
-with a message instead of reading its operands wrongly.
+There is no autocast rule: the caller writes casts down, and kernels run without autocast.  `abi` is `ABI`, so that a graph
+from another version's cache stops with a message instead of reading its operands wrongly.
 """
 
 from __future__ import annotations
