@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -156,15 +157,15 @@ def ours(kind: Kind, size: Size) -> Call:
     return call
 
 
-def library(kind: Kind, size: Size, backend: SDPBackend) -> Call | None:
-    """`scaled_dot_product_attention` with one of its kernels, where that has the mask without a dense tensor."""
+def library(kind: Kind, size: Size, backend: SDPBackend | None) -> Call | None:
+    """`scaled_dot_product_attention` with one of its kernels, or the one that it picks itself, where no dense mask is needed."""
     if kind.name not in ("full", "causal") or (kind.causal and size.M != size.N and size.M != 1):
         return None
     # the last row of a causal mask sees every key
     causal = kind.causal and size.M > 1
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        with sdpa_kernel(backend):
+        with contextlib.nullcontext() if backend is None else sdpa_kernel(backend):
             return F.scaled_dot_product_attention(q, k, v, is_causal=causal, enable_gqa=size.H != size.Hkv)
 
     return call

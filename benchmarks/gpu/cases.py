@@ -35,6 +35,7 @@ def bandwidth() -> float:
 
 def _peers(kind: Kind, size: Size, *, slow: bool) -> Iterator[tuple[str, Callable[[], Call | None]]]:
     yield "attnfuse", lambda: attention.ours(kind, size)
+    yield "library", lambda: attention.library(kind, size, None)
     yield "cudnn", lambda: attention.library(kind, size, SDPBackend.CUDNN_ATTENTION)
     yield "flash", lambda: attention.library(kind, size, SDPBackend.FLASH_ATTENTION)
     yield "efficient", lambda: attention.library(kind, size, SDPBackend.EFFICIENT_ATTENTION)
@@ -98,6 +99,10 @@ class Kernels:
             if peer in samples:
                 ratio = stats.speed_up(samples["attnfuse"], samples[peer])
                 rows.append(Row.of(f"attnfuse over {peer}", "x", ratio, Target("at least", least)))
+        if "library" in samples and "cudnn" in samples:
+            # what plain attention becomes in a compiled graph
+            ratio = stats.speed_up(samples["library"], samples["cudnn"])
+            rows.append(Row.of("library over cudnn", "x", ratio, Target("at least", 0.97)))
         if size.M == 1:
             moved = 2.0 * 2 * size.B * size.Hkv * size.N * size.D
             share = stats.median([moved / t / bandwidth() for t in samples["attnfuse"]])
