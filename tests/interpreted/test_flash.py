@@ -195,10 +195,11 @@ def test_rows_split_over_their_keys(name: str, kernel: Kernel, monkeypatch: pyte
     parts: list[int] = []
     real = flash._Call.launch
 
-    def launch(self: Any, kernel: Any, table: str, programs: Any, arguments: Any, rows: int | None = None) -> None:
+    def launch(self: Any, kernel: Any, table: str, programs: Any, arguments: Any, rows: int | None = None) -> Config:
         if table == "decode":
             parts.append(arguments(tuning.configs("decode", "interpreter", 4, 16)[0])["splits"])
-        real(self, kernel, table, programs, arguments, rows)
+        used: Config = real(self, kernel, table, programs, arguments, rows)
+        return used
 
     monkeypatch.setattr(flash._Call, "launch", launch)
     text, leaves = FAMILIES[name]
