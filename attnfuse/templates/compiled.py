@@ -50,7 +50,7 @@ class Row(NamedTuple):
     """One kernel, compiled.
 
     Args:
-        spills: bytes that registers spill to memory; None where the assembler does not say.
+        spills: bytes that registers spill to memory.
         shared: bytes of shared memory; `limit` is what the architecture has.
         instruction: the matrix instruction in the code: `wgmma`, `tcgen05`, `mma.sync`, `mfma`; empty if it has none.
     """
@@ -63,7 +63,7 @@ class Row(NamedTuple):
     depth: int
     config: Config
     registers: int
-    spills: int | None
+    spills: int
     shared: int
     limit: int
     instruction: str
@@ -205,7 +205,7 @@ def table(rows: list[Row]) -> str:
                 *(row.arch, row.template, row.kernel, row.case, row.dtype, str(row.depth)),
                 *(f"{config.block_m}x{config.block_n}", str(config.warps), str(config.stages), str(row.registers)),
                 *(
-                    "?" if row.spills is None else str(row.spills),
+                    str(row.spills),
                     str(row.shared),
                     str(row.limit),
                     row.instruction or "-",

@@ -36,7 +36,7 @@ _PACKED_ROWS: Final = 64
 _SPLIT_KEYS: Final = 256
 _MOST_SPLITS: Final = 64
 _MOST_PROGRAMS: Final = 2**31 - 1
-# Log-sum-exps, in base 2, up to which exp(x - lse) keeps the digits that a type has.
+# Log-sum-exps up to which exp(x - lse) keeps the digits that a type has.
 _LSE_MOST: Final = 2.0**4
 _LSE_MOST_IN_HALF: Final = 2.0**13
 
