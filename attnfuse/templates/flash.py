@@ -826,7 +826,6 @@ class _Backward:
                 **call.operands,
                 **self.gradient,
                 **{name: facts[name] for name in ("Lse2", "Delta", "Norm")},
-                "Lse": self.cotangents.lse.contiguous(),
                 "Count": count,
                 "Grad": grad,
                 "GS": grad.stride(),

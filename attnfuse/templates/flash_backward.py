@@ -640,7 +640,6 @@ def gradient_of_leaf(
     K,
     V,
     Dout,
-    Lse,
     Lse2,
     Delta,
     Norm,
@@ -712,8 +711,10 @@ def gradient_of_leaf(
             count = 1.0
             uniform = row < 0
             if MINIMAL is not None:
-                count = tl.load(Count + at)[:, None]
-                uniform = (tl.load(Lse + at) == UNIFORM) & (row < M)
+                # not told by lse: a row whose bias is finfo.min throughout has the same
+                shared = tl.load(Count + at)
+                count = shared[:, None]
+                uniform = (shared > 0.0) & (row < M)
                 some = tl.max(uniform.to(tl.int32), 0) > 0
                 first, stop = tl.where(some, 0, first), tl.where(some, tl.cdiv(N, BLOCK_N), stop)
             if OF_KEYS:

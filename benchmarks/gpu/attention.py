@@ -157,7 +157,7 @@ def ours(kind: Kind, size: Size) -> Call:
     return call
 
 
-def library(kind: Kind, size: Size, backend: SDPBackend | None) -> Call | None:
+def sdpa(kind: Kind, size: Size, backend: SDPBackend | None) -> Call | None:
     """`scaled_dot_product_attention` with one of its kernels, or the one that it picks itself, where no dense mask is needed."""
     if kind.name not in ("full", "causal") or (kind.causal and size.M != size.N and size.M != 1):
         return None

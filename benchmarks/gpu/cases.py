@@ -35,10 +35,10 @@ def bandwidth() -> float:
 
 def _peers(kind: Kind, size: Size, *, slow: bool) -> Iterator[tuple[str, Callable[[], Call | None]]]:
     yield "attnfuse", lambda: attention.ours(kind, size)
-    yield "library", lambda: attention.library(kind, size, None)
-    yield "cudnn", lambda: attention.library(kind, size, SDPBackend.CUDNN_ATTENTION)
-    yield "flash", lambda: attention.library(kind, size, SDPBackend.FLASH_ATTENTION)
-    yield "efficient", lambda: attention.library(kind, size, SDPBackend.EFFICIENT_ATTENTION)
+    yield "library", lambda: attention.sdpa(kind, size, None)
+    yield "cudnn", lambda: attention.sdpa(kind, size, SDPBackend.CUDNN_ATTENTION)
+    yield "flash", lambda: attention.sdpa(kind, size, SDPBackend.FLASH_ATTENTION)
+    yield "efficient", lambda: attention.sdpa(kind, size, SDPBackend.EFFICIENT_ATTENTION)
     yield "flex", lambda: attention.flex(kind, size)
     yield "stock-sdpa", lambda: attention.stock_sdpa(kind, size)
     if slow:
