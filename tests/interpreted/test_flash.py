@@ -154,6 +154,22 @@ def test_a_bias_of_the_least_number_is_uniform(tier: str) -> None:
     assert_close(dv, same, precise.double(), float(dout.abs().sum(2).max()))
 
 
+def test_a_row_of_least_scores_is_not_taken_for_one_without_keys() -> None:
+    """Both have fp32's least number for their log-sum-exp; here row 0 has no key, and all rows of head 1 have such scores."""
+    shape = SHAPES["grouped"]
+    bias = torch.zeros(shape.H, shape.N)
+    bias[1] = torch.finfo(torch.float32).min
+    bias.requires_grad_()
+    call = made("bias: f32[:, :]; s*0.125 + bias[h, n] where n < m else +min", shape, (bias,))
+    out = call.run()[0]
+    dout = torch.randn(out.shape, generator=torch.Generator().manual_seed(1))
+    exact, original = (
+        reference(call.spec, call.q, call.k, call.v, (bias,), dtype=kind)[0] for kind in (torch.float64, torch.float32)
+    )
+    found, same, precise = (torch.autograd.grad(x, bias, dout.to(x.dtype))[0] for x in (out, original, exact))
+    assert_close(found, same, precise.double(), float((dout.abs() @ call.v.abs().amax((0, 1)).T).sum()))
+
+
 def test_a_kernel_that_cannot_be_made_costs_no_program(monkeypatch: pytest.MonkeyPatch) -> None:
     call = made(FAMILIES["softcap"][0], SHAPES["grouped"])
     expected = call.run()[0]
