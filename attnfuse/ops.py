@@ -28,7 +28,7 @@ from attnfuse.spec import AttentionSpec, Leaf, Shape, parse_spec
 from attnfuse.templates.base import Cotangents, Inputs, Kernel, Target
 from attnfuse.templates.choose import Refusal, choose
 from attnfuse.templates.dense import Dense
-from attnfuse.templates.flash import arch_of
+from attnfuse.templates.launch import arch_of
 
 # Rises when a schema, a fake, a stride or autograd of the operators changes; tests/test_ops.py notices.
 ABI: Final = 1

@@ -25,6 +25,7 @@ from attnfuse.passes.lift import Scope, graphs, scopes
 from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
+from attnfuse.passes.respell import respell
 from attnfuse.passes.rewrite import insert, prune_operands
 from attnfuse.passes.settle import settle
 from attnfuse.passes.verify import checker
@@ -76,6 +77,7 @@ def normalised(work: Work) -> None:
     work.graph = normalise(work.original)
     for module in graphs(work.graph):
         settle(module.graph)
+        respell(module.graph)
 
 
 def recognised(work: Work) -> None:

@@ -18,8 +18,8 @@ from attnfuse.remark import Remark
 from attnfuse.score import Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Refusal, choose
-from attnfuse.templates.flash import arch_of
 from attnfuse.templates.inline import Inline
+from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
@@ -78,6 +78,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         dtype=SHORT_DTYPES[site.dtype],
         v_dtype=SHORT_DTYPES[fake(site.out).dtype],
         training=training,
+        lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final, cast
 
@@ -189,15 +189,37 @@ def _keeps_hands_off(node: fx.Node) -> bool:
     return True
 
 
+def erase(graph: fx.Graph, start: Iterable[fx.Node]) -> None:
+    """Erases nodes without effect that nothing reads, and what only they read."""
+    todo = list(start)
+    while todo:
+        node = todo.pop()
+        if node._erased or node.users or node.op != "call_function" or node.graph is not graph:
+            continue
+        target = node.target
+        pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
+        if not pure and getattr(target, "__name__", "") != "getitem":
+            continue
+        inputs = node.all_input_nodes
+        graph.erase_node(node)
+        todo.extend(inputs)
+
+
 def mark_no_grad(graph: fx.Graph) -> None:
     """Notes in `meta` which nodes run with gradients switched off, while other parts of the graph, or its caller, have them on."""
-    switches = [n for n in graph.nodes if getattr(n.target, "__name__", "") == "_set_grad_enabled"]
+    names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
+    switches = {n: names.index(n.target.__name__) for n in graph.nodes if getattr(n.target, "__name__", "") in names}
     enabled = torch.is_grad_enabled()
+    before: dict[fx.Node, bool] = {}
     if not switches:
         return
     for node in graph.nodes:
-        if node in switches:
+        if switches.get(node) == 0:
             enabled = bool(node.args[0])
+        elif switches.get(node) == 1:
+            before[node], enabled = enabled, not node.args[0]
+        elif switches.get(node) == 2:
+            enabled = before[node.args[0]]
         elif not enabled and node.op == "call_function":
             node.meta["attnfuse_no_grad"] = True
 

@@ -32,6 +32,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
+from torch.autograd import grad_mode
 from torch.fx import traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
@@ -430,6 +431,10 @@ class _Replay(fx.Interpreter):
             return self._enter_autocast(target, args)
         if target is autocast_mode._exit_autocast:
             return self._exit_autocast(target, *args)
+        if target is grad_mode._enter_inference_mode:
+            return self._enter_inference_mode(target, *args)
+        if target is grad_mode._exit_inference_mode:
+            return self._exit_inference_mode(target, *args)
         if target is set_inplace_requires_grad_allowed:
             self.tracer.create_node("call_function", target, args, {}).meta["val"] = None
             target(*args)
@@ -500,6 +505,21 @@ class _Replay(fx.Interpreter):
             mode.__exit__(None, None, None)
         return region
 
+    def _enter_inference_mode(self, target: Any, enabled: bool) -> tuple[fx.Node, bool]:
+        # Entering it would leave dispatch state behind, and its tensors cannot be traced: values are made without gradient.
+        node = self.tracer.create_node("call_function", target, (enabled,), {})
+        node.meta["val"] = None
+        before = torch.is_grad_enabled()
+        with torch._C.DisableTorchFunction():
+            torch._C._set_grad_enabled(not enabled)
+        return node, before
+
+    def _exit_inference_mode(self, target: Any, region: tuple[fx.Node, bool]) -> None:
+        entered, before = region
+        self.tracer.create_node("call_function", target, (entered,), {}).meta["val"] = None
+        with torch._C.DisableTorchFunction():
+            torch._C._set_grad_enabled(before)
+
     def _keep(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         n = self._node
         if "example_value" not in n.meta and n.users:
@@ -528,9 +548,11 @@ class _Replay(fx.Interpreter):
 
 
 def _outdates(gm: fx.GraphModule) -> bool:
-    """Whether something in the graph or in a body says by its name that it outdates what Dynamo recorded."""
+    """Whether something in the graph or in a body says by its name that it outdates what Dynamo recorded, or that no retrace
+    makes what Dynamo recorded (tensors of inference mode)."""
     bodies = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
-    return any(_name(n) in _METADATA_WRITES - {"requires_grad_"} for body in bodies for n in body.graph.nodes)
+    names = (_METADATA_WRITES - {"requires_grad_"}) | {"_enter_inference_mode"}
+    return any(_name(n) in names for body in bodies for n in body.graph.nodes)
 
 
 def _refuse(gm: fx.GraphModule) -> None:
@@ -544,9 +566,6 @@ def _refuse(gm: fx.GraphModule) -> None:
             if isinstance(value, torch.Tensor) and (is_traceable_wrapper_subclass(value) or value.is_nested):
                 raise NormaliseError(f"`{node}` is a {type(value).__name__}", code="AF042")
         name = _name(node)
-        if name == "_enter_inference_mode":
-            # running it, even in a trace, leaves dispatch state behind
-            raise NormaliseError(f"`{node}` enters inference mode, whose tensors a trace cannot make")
         if node.op == "call_module":
             raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
         if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):

@@ -16,7 +16,7 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
-from attnfuse.passes.index import Digit, Index, Misaligned, regroup, same
+from attnfuse.passes.index import Digit, Index, Misaligned, Size, regroup, same
 from attnfuse.passes.views import PERMUTATIONS, permutation
 from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
 
@@ -184,11 +184,17 @@ def _addend(expr: Expr, dtype: torch.dtype) -> tuple[Expr | None, list[tuple[Exp
 
 @dataclass
 class Descent:
-    """The way from the weights to the value matmul."""
+    """The way from the weights to the value matmul.
+
+    Attributes:
+        sink_at: where along the keys a column stands that has no value and is still to be cut off: 0 or the number of keys.
+    """
 
     node: fx.Node
     index: tuple[Index, ...]
     dropout: float = 0.0
+    sink_at: Size | None = None
+    keys: int = -1
     nodes: list[fx.Node] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
 
@@ -223,12 +229,21 @@ def _has_effect(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def descend(weights: fx.Node, index: tuple[Index, ...]) -> tuple[Descent, fx.Node]:
-    """Peels casts, dropout and views below the softmax; returns what was passed and the value matmul."""
+def descend(weights: fx.Node, index: tuple[Index, ...], beside: Beside | None = None) -> tuple[Descent, fx.Node]:
+    """Peels casts, dropout and views below the softmax; returns what was passed and the value matmul.
+
+    Args:
+        index: of the keys' part of the weights.
+        beside: the sink's column in them.
+    """
     at = Descent(weights, index, nodes=[weights])
+    if beside is not None:
+        at.sink_at, at.keys = beside.at, beside.dim
     while True:
         user = only_user(at.node)
         if contraction(user) is not None:
+            if at.sink_at is not None:
+                raise Miss("AF023", user, "the column beside the keys has a value")
             return at, user
         layer = _BELOW.get(packet(user))
         if layer is None:
@@ -256,26 +271,48 @@ def _below_dropout(at: Descent, user: fx.Node) -> None:
     at.seen.append(f"dropout {p}")
 
 
+def _below_slice(at: Descent, user: fx.Node) -> None:
+    """Cuts the sink's column off."""
+    args = bound(user)
+    dim = args["dim"] % len(at.index)
+    first = args["start"] or 0
+    kept = at.index[dim][0].size if at.index[dim] else 1
+    if at.sink_at is None or dim != at.keys or args.get("step", 1) != 1 or not isinstance(first, int):
+        raise Miss("AF023", user, packet(user))
+    if not same(shape(user)[dim], kept) or not same(first, 0 if at.sink_at else 1):
+        raise Miss("AF023", user, "weights of keys are cut off")
+    at.sink_at = None
+
+
 def _below_view(at: Descent, user: fx.Node) -> None:
+    _no_sink(at, user)
     try:
         at.index = regroup(at.index, shape(user))
     except Misaligned as error:
         raise Miss("AF023", user, str(error)) from error
 
 
+def _no_sink(at: Descent, user: fx.Node) -> None:
+    if at.sink_at is not None:
+        raise Miss("AF023", user, f"{packet(user)} with the column of a sink")
+
+
 def _below_expand(at: Descent, user: fx.Node) -> None:
+    _no_sink(at, user)
     before, after = shape(at.node), shape(user)
     if len(before) != len(after) or not all(map(same, before, after)):
         raise Miss("AF023", user, "the weights are expanded")
 
 
 def _below_permutation(at: Descent, user: fx.Node) -> None:
+    _no_sink(at, user)
     at.index = tuple(at.index[d] for d in permutation(user))
 
 
 _BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), _below_cast),
     **dict.fromkeys(("contiguous", "clone", "alias"), lambda at, user: None),
+    **dict.fromkeys(("slice", "narrow"), _below_slice),
     "dropout": _below_dropout,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view),
     **dict.fromkeys(("expand", "expand_as"), _below_expand),
@@ -312,6 +349,15 @@ def valued(at: Descent, matmul: fx.Node, keys: Digit | None) -> Valued:
     return Valued(found, value, found.index(value_labels, known), found.index(found.out_labels, known), expected)
 
 
+@dataclass(frozen=True)
+class Beside:
+    """A column, or a number all along it, beside the scores of the keys: at `at` along dimension `dim`."""
+
+    column: fx.Node | float
+    dim: int
+    at: Size
+
+
 def score_input(softmax: fx.Node) -> tuple[fx.Node, int]:
     """The softmax's operand and its dimension, counted from the front."""
     args: dict[str, Any] = bound(softmax)
@@ -319,3 +365,87 @@ def score_input(softmax: fx.Node) -> tuple[fx.Node, int]:
     if not is_tensor(source):
         raise Miss("AF020", softmax, "no tensor goes in")
     return source, args["dim"] % max(len(shape(source)), 1)
+
+
+def scores_of(source: fx.Node, dim: int) -> tuple[fx.Node, Beside | None]:
+    """The scores within what a softmax over `dim` reads: without a column beside them, nor the row's maximum that is taken off."""
+    beside = None
+    while True:
+        shifted = without_maximum(source, dim)
+        if shifted is not None:
+            source = shifted
+        elif beside is None and (found := _split_off(source, dim)) is not None:
+            source, beside = found
+        elif packet(source) in ("to", "_to_copy", "contiguous", "clone") and _leads_to_either(source, dim):
+            source = source.args[0]  # type: ignore[assignment]
+        else:
+            return source, beside
+
+
+def _leads_to_either(node: fx.Node, dim: int) -> bool:
+    """Whether a copy that loses nothing is of scores with a maximum taken off or a column beside them."""
+    below = node.args[0]
+    if not isinstance(below, fx.Node) or not is_tensor(below):
+        return False
+    if torch.promote_types(fake(below).dtype, fake(node).dtype) != fake(node).dtype:
+        return False
+    return without_maximum(below, dim) is not None or _split_off(below, dim) is not None
+
+
+def without_maximum(node: fx.Node, dim: int) -> fx.Node | None:
+    """`x` where the node is `x - max(x)`, the maximum being taken over `dim` at least, or `x - logsumexp(x)`.
+
+    Softmax is the same for both, and what is taken off gets a gradient of zero.
+    """
+    if packet(node) != "sub":
+        return None
+    args = bound(node)
+    source, shift = args["self"], args["other"]
+    if args.get("alpha", 1) != 1 or not (is_tensor(source) and is_tensor(shift)):
+        return None
+    while packet(shift) in ("detach", "expand", "expand_as", "alias"):
+        shift = shift.args[0]
+    if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0 and packet(shift.args[0]) == "max":
+        shift = shift.args[0]
+    elif packet(shift) not in ("amax", "max", "logsumexp"):
+        return None
+    args = bound(shift)
+    if args["self"] is not source:
+        return None
+    if "dim" not in args:
+        return source if len(args) == 1 else None
+    dims = args["dim"] if isinstance(args["dim"], list | tuple) else [args["dim"]]
+    rank = len(shape(source))
+    over = {d % rank for d in dims} or set(range(rank))
+    return source if dim in over and args["keepdim"] else None
+
+
+def _split_off(node: fx.Node, dim: int) -> tuple[fx.Node, Beside] | None:
+    """The two parts of a concatenation along `dim` of scores and one column."""
+    if packet(node) in ("pad", "constant_pad_nd"):
+        return _padded(node, dim)
+    if packet(node) != "cat":
+        return None
+    args = bound(node)
+    parts = args["tensors"]
+    if len(parts) != 2 or args["dim"] % len(shape(node)) != dim:
+        return None
+    for column, scores, at in ((parts[1], parts[0], shape(parts[0])[dim]), (parts[0], parts[1], 0)):
+        if same(shape(column)[dim], 1) and not same(shape(scores)[dim], 1) and fake(scores).dtype == fake(node).dtype:
+            return scores, Beside(column, dim, at)
+    return None
+
+
+def _padded(node: fx.Node, dim: int) -> tuple[fx.Node, Beside] | None:
+    """The scores that one column of a constant was added to."""
+    args = bound(node)
+    scores, value = args["self"], args["value"]
+    if (
+        dim != len(shape(node)) - 1
+        or args.get("mode", "constant") != "constant"
+        or list(args["pad"]) not in ([1, 0], [0, 1])
+    ):
+        return None
+    if value is not None and not isinstance(value, int | float):
+        return None
+    return scores, Beside(float(value or 0), dim, 0 if args["pad"][0] else shape(scores)[dim])

@@ -18,12 +18,19 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, piece, product, same
 from attnfuse.passes.lift import Scope
-from attnfuse.passes.peel import Descent, Miss, Valued, descend, program_of, score_input, valued
+from attnfuse.passes.peel import Beside, Descent, Miss, Valued, descend, program_of, score_input, scores_of, valued
+from attnfuse.passes.rules import as_float
 from attnfuse.passes.views import broadcast, through_view
 from attnfuse.score import TRUE, Call, Const, Expr, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MODE_SWITCHES = ("_set_grad_enabled", "_enter_autocast", "_exit_autocast")
+_MODE_SWITCHES = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
 
 
 @dataclass(frozen=True)
@@ -68,6 +75,15 @@ class Site:
     is_sdpa: bool = False
     rounded: bool = False
     """Whether the model itself rounds q·kᵀ, with nothing multiplied or added before, to `dtype`."""
+    lse: fx.Node | None = None
+    """The log-sum-exp of the scores, where the model computes one beside the softmax, at `lse_index`."""
+    lse_index: tuple[Index, ...] = ()
+
+    @property
+    def place(self) -> fx.Node:
+        """The node before which the replacement stands: the first whose value it gives."""
+        position = self.scope.storage.position
+        return self.out if self.lse is None else min(self.out, self.lse, key=position.__getitem__)
 
 
 @dataclass
@@ -185,15 +201,16 @@ def recognise(scope: Scope, anchor: fx.Node) -> Site:
 
 
 def _from_softmax(scope: Scope, softmax: fx.Node) -> Site:
-    source, n_dim = score_input(softmax)
+    given, n_dim = score_input(softmax)
+    source, beside = scores_of(given, n_dim)
     if torch.finfo(fake(softmax).dtype).max < torch.finfo(fake(source).dtype).max:
         raise Miss("AF024", softmax, f"the scores are rounded from {fake(source).dtype} to {fake(softmax).dtype}")
-    sizes = shape(softmax)
+    sizes = shape(source)
     if len(sizes) < 2:
         raise Miss("AF020", softmax, f"a softmax over a tensor of {len(sizes)} dimensions")
     others = sorted((d for d in range(len(sizes)) if d != n_dim), key=lambda d: (abs(d - n_dim), -d))
     for m_dim in others:
-        site = _with_queries(scope, softmax, source, n_dim, m_dim, None)
+        site = _with_queries(scope, softmax, source, beside, n_dim, m_dim, None)
         if site is not None:
             break
     else:
@@ -239,30 +256,51 @@ def _product_above(source: fx.Node) -> tuple[fx.Node, fx.Node] | None:
 
 
 def _with_queries(
-    scope: Scope, softmax: fx.Node, source: fx.Node, n_dim: int, m_dim: int, heads: int | None
+    scope: Scope,
+    softmax: fx.Node,
+    source: fx.Node,
+    beside: Beside | None,
+    n_dim: int,
+    m_dim: int,
+    heads: int | None,
 ) -> Site | None:
     """The site with `m_dim` as its queries, or None if no score matmul has them so."""
-    axes = _axes(shape(softmax), n_dim, m_dim, heads)
+    axes = _axes(shape(source), n_dim, m_dim, heads)
     claim = _Claim(axes.queries, axes.keys)
     expr = scope.lifter.lift(source, axes.index, claim)
     if claim.found is None:
         return None
     program = program_of(expr, fake(source).dtype)
-    down, matmul = descend(softmax, axes.index)
+    if beside is not None:
+        program = replace(program, sink=_sink(scope, beside, axes))
+    down, matmul = descend(softmax, axes.index, beside)
     value = valued(down, matmul, axes.keys[0] if axes.keys else None)
     q, k, depth = _query_and_key(claim)
     v = Operand(value.value, value.value_index, (value.found.node,))
     if heads is None and same(axes.H, 1):
         held = _heads_within((q.index, k.index, v.index), program, scope)
         if held is not None:
-            return _with_queries(scope, softmax, source, n_dim, m_dim, held)
-    return _assembled(scope, softmax, source, claim, down, value, axes, program, (q, k, v), depth)
+            return _with_queries(scope, softmax, source, beside, n_dim, m_dim, held)
+    return _assembled(scope, softmax, source, n_dim, claim, down, value, axes, program, (q, k, v), depth)
+
+
+def _sink(scope: Scope, beside: Beside, axes: _Axes) -> Expr:
+    """The score of a column that has no value, which may depend on batch, head and query."""
+    if isinstance(beside.column, float):
+        return Const(beside.column)
+    index = tuple(() if dim == beside.dim else at for dim, at in enumerate(axes.index))
+    try:
+        expr = scope.lifter.lift(beside.column, index)
+    except Unliftable as error:
+        raise Miss("AF024", beside.column, str(error)) from error
+    return as_float(expr) if isinstance(expr, Const) else expr
 
 
 def _assembled(
     scope: Scope,
     softmax: fx.Node,
     source: fx.Node,
+    n_dim: int,
     claim: _Claim,
     down: Descent,
     value: Valued,
@@ -279,16 +317,23 @@ def _assembled(
     m_size: Size = axes.queries[0].size if axes.queries else 1
     value_depth = product([d.size for dim in value.out_index for d in dim if d.expr == Var("e")])
     sizes = Sizes(axes.B, axes.H, m_size, n_size, depth, value_depth)
-    chain = _between(found.node, source)
+    chain = _between(found.node, score_input(softmax)[0])
+    lse, passed = _log_sum_exp(source, n_dim)
     for node in (*chain, found.node):
-        _only_inside(node, {*chain, softmax, found.node})
+        _only_inside(node, {*chain, softmax, found.node, *passed})
     inside = {*chain, found.node}
     for load in (x for top in program.expressions() for x in loads(top)):
         leaf = scope.table.leaves[load.leaf].node
         if leaf in inside:
             raise Miss("AF024", leaf, f"{packet(leaf)} of all the scores goes into each")
     q, k, v = (_shallowest(scope, op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
-    seen = ("q@k.T", "softmax", *down.seen, "@v")
+    seen = ("q@k.T", "softmax", *down.seen, *(("logsumexp",) if lse is not None else ()), "@v")
+    lse_index: tuple[Index, ...] = ()
+    if lse is not None:
+        # v is read earlier than in the original
+        v = replace(v, read=(*v.read, lse))
+        kept: tuple[Index, ...] = ((),) if bound(lse)["keepdim"] else ()
+        lse_index = (*axes.index[:n_dim], *kept, *axes.index[n_dim + 1 :])
     return Site(
         scope,
         softmax,
@@ -301,10 +346,25 @@ def _assembled(
         program,
         down.dropout,
         fake(found.node).dtype,
-        (found.node, *chain, *down.nodes, value.found.node),
+        (found.node, *chain, *down.nodes, *passed, value.found.node),
         seen,
         rounded=found.alpha == 1 and (found.added is None or found.beta == 0),
+        lse=lse,
+        lse_index=lse_index,
     )
+
+
+def _log_sum_exp(scores: fx.Node, dim: int) -> tuple[fx.Node | None, tuple[fx.Node, ...]]:
+    """The log-sum-exp that is taken of the scores over `dim`; it and the cast before it, if that has no other use."""
+    for user in scores.users:
+        steps: tuple[fx.Node, ...] = (user,)
+        if packet(user) in ("to", "_to_copy") and len(user.users) == 1:
+            wider = torch.promote_types(fake(user).dtype, fake(scores).dtype) == fake(user).dtype
+            steps = (user, next(iter(user.users))) if wider else steps
+        last = steps[-1]
+        if packet(last) == "logsumexp" and [d % len(shape(scores)) for d in bound(last)["dim"]] == [dim]:
+            return last, steps
+    return None, ()
 
 
 def _between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
@@ -333,10 +393,18 @@ def _between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
 def _only_inside(node: fx.Node, inside: set[fx.Node]) -> None:
     """Raises Miss AF025 if a score is read by anything outside the site."""
     for user in node.users:
-        dead = user.op != "output" and not user.users and packet(user) and not user.target._schema.is_mutable  # type: ignore[union-attr]
-        if user not in inside and not dead:
+        if user not in inside and not _is_dead(user):
             named = "the graph's output" if user.op == "output" else f"`{user.name}`"
             raise Miss("AF025", node, f"by {named}")
+
+
+def _is_dead(node: fx.Node) -> bool:
+    """Whether nothing reads a node's value and computing it has no effect."""
+    if node.op == "output" or node.users:
+        return False
+    if packet(node):
+        return not node.target._schema.is_mutable  # type: ignore[union-attr]
+    return getattr(node.target, "__name__", "") == "getitem"
 
 
 def _query_and_key(claim: _Claim) -> tuple[Operand, Operand, Size]:
@@ -567,6 +635,11 @@ def _check(site: Site) -> None:
         if first < at < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
             raise Miss("AF034", node, str(getattr(node.target, "__name__", "")))
     _check_writes(site, last)
+    if site.lse is not None:
+        leaves = {site.scope.table.leaves[x.leaf] for top in site.program.expressions() for x in loads(top)}
+        needed = {site.q.node, site.k.node, site.v.node, *(x.node for x in leaves if x.scope is site.scope)}
+        if any(position[x] > position[site.place] for x in needed):
+            raise Miss("AF025", site.lse, f"by `{site.lse.name}`, before v is known")
 
 
 def _check_writes(site: Site, last: int) -> None:

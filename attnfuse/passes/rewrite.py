@@ -18,8 +18,8 @@ from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse import ops
-from attnfuse.passes.graph import aten, fake, packet, shape
-from attnfuse.passes.index import Digit, Size, piece, same, sizes_of
+from attnfuse.passes.graph import aten, erase, fake, packet, shape
+from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
@@ -73,35 +73,36 @@ def _no_autocast() -> torch._C._DisableAutocast:
 
 
 def insert(
-    site: Site, what: Meaning, form: Call | Inline | None, check: Callable[[fx.Node], None] | None = None
-) -> fx.Node:
-    """Writes the new nodes and makes the users of the old output read the new one.
+    site: Site, what: Meaning, form: Call | Inline | None, check: Callable[[fx.Node, fx.Node], None] | None = None
+) -> None:
+    """Writes the new nodes and makes the users of the old output, and of the old log-sum-exp, read the new one.
 
     Args:
         form: the scaled_dot_product_attention call, or plain operators, to emit instead of `attnfuse::attention`.
-        check: looks at the new output while the old one still stands; what it raises takes the new nodes out again.
+        check: is shown the old and the new while both stand; what it raises takes the new nodes out again.
 
     Raises:
         Miss: AF032 if the strides of the output cannot be kept, AF027 if the heads of k and v do not divide each other.
     """
     graph = site.scope.module.graph
     before = {id(n) for n in graph.nodes}
-    with graph.inserting_before(site.out):
+    with graph.inserting_before(site.place):
         emit = Emitter(site)
         try:
-            new = _emit(emit, site, what, form)
+            pairs = _emit(emit, site, what, form)
             if check is not None:
-                check(new)
+                for old, new in pairs:
+                    check(old, new)
         except Exception:
             # a new placeholder is an operand of the checkpoint already; `prune_operands` takes it out again
             for node in reversed([n for n in graph.nodes if id(n) not in before and n.op != "placeholder"]):
                 graph.erase_node(node)
             raise
-    new.meta = {**site.out.meta, "val": new.meta["val"]}
-    site.out.replace_all_uses_with(new)
-    site.scope.replaced[site.out] = new
-    _erase(graph, (*site.nodes, site.q.node, site.k.node, site.v.node, *_inputs(site)))
-    return new
+    for old, new in pairs:
+        new.meta = {**old.meta, "val": new.meta["val"]}
+        old.replace_all_uses_with(new)
+        site.scope.replaced[old] = new
+    erase(graph, (*site.nodes, site.q.node, site.k.node, site.v.node, *_inputs(site)))
 
 
 def _inputs(site: Site) -> Iterable[fx.Node]:
@@ -109,7 +110,8 @@ def _inputs(site: Site) -> Iterable[fx.Node]:
         yield from node.all_input_nodes
 
 
-def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) -> fx.Node:
+def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) -> list[tuple[fx.Node, fx.Node]]:
+    """The old output and log-sum-exp, each with the node that takes its place."""
     q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
     k, v = _with_same_heads(emit, k, v, site)
     q, k, v = (_cast(emit, x, dtype) for x, dtype in ((q, site.dtype), (k, site.dtype), (v, fake(site.out).dtype)))
@@ -147,25 +149,43 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
             torch.ops.attnfuse.attention.default, q, k, v, leaves, sizes, seed, str(what.spec), list(order), ops.ABI
         )
         out = emit(operator.getitem, pair, 0)
-        placed = _placed(emit, out, site)
+        placed = _placed(emit, out, site, site.out_index)
     if written:
         placed = emit(aten.clone.default, placed)
     if not free and not _same_strides(placed, site.out):
         raise Miss("AF032", site.out, f"strides {tuple(fake(site.out).stride())}")
     if fake(placed).dtype != fake(site.out).dtype or not all(map(same, shape(placed), shape(site.out))):
         raise AssertionError(f"the replacement is {fake(placed)}, the original {fake(site.out)}")
-    return placed
+    pairs = [(site.out, placed)]
+    if site.lse is not None:
+        pairs.append((site.lse, _log_sum_exp(emit, emit(operator.getitem, pair, 1), site, site.lse)))
+    return pairs
+
+
+def _log_sum_exp(emit: Emitter, lse: fx.Node, site: Site, old: fx.Node) -> fx.Node:
+    """The operator's [B, H, M] in the type and with the dimensions of the model's own."""
+    dtype = fake(old).dtype
+    if fake(lse).dtype != dtype:
+        lse = emit(aten.to.dtype, lse, dtype)
+        if all(tier.fill in ("+min", "=min") for tier in site.program.tiers) and site.program.tiers:
+            # the least value of float32 is -inf in a narrower type
+            lse = emit(aten.clamp_min.default, lse, torch.finfo(dtype).min)
+    placed = _placed(emit, emit(aten.unsqueeze.default, lse, 3), site, site.lse_index)
+    if not _same_strides(placed, old):
+        raise Miss("AF032", old, f"strides {tuple(fake(old).stride())}")
+    # the backward reads it: what the model writes to is a copy
+    return emit(aten.clone.default, placed) if site.scope.storage.writes(old) else placed
 
 
 def _like_original(
     emit: Emitter, out: fx.Node, site: Site, order: Sequence[int], free: tuple[int, ...] | None
 ) -> fx.Node:
     """[B, H, M, Dv] with the dimensions of the original output, copied where its strides could not be had otherwise."""
-    placed = _placed(emit, out, site)
+    placed = _placed(emit, out, site, site.out_index)
     if free or _same_strides(placed, site.out):
         return placed
-    copied = _placed(emit, _stored(emit, out, order), site)
-    _erase(emit.graph, [placed])
+    copied = _placed(emit, _stored(emit, out, order), site, site.out_index)
+    erase(emit.graph, [placed])
     return copied
 
 
@@ -295,11 +315,11 @@ def operand_of(site: Site, role: str) -> Operand:
     return {"q": site.q, "k": site.k, "v": site.v}[role]
 
 
-def _out_digits(site: Site) -> tuple[dict[str, list[Digit]], list[tuple[str, int]]]:
-    """For b, h, m and e their digits in the output, most significant first; and for each digit of the output in order, which
+def _out_digits(site: Site, index: Sequence[Index]) -> tuple[dict[str, list[Digit]], list[tuple[str, int]]]:
+    """For b, h, m and e their digits in an output, most significant first; and for each digit of the output in order, which
     digit of which variable it is."""
     found: dict[str, list[tuple[int, Digit, int]]] = {x: [] for x in _AXES}
-    flat = [digit for dim in site.out_index for digit in dim]
+    flat = [digit for dim in index for digit in dim]
     for at, digit in enumerate(flat):
         part = piece(digit)
         if part is None or part.var not in found:
@@ -313,9 +333,9 @@ def _out_digits(site: Site) -> tuple[dict[str, list[Digit]], list[tuple[str, int
     return {v: [d for _, d, _ in parts] for v, parts in found.items()}, [place[at] for at in range(len(flat))]
 
 
-def _placed(emit: Emitter, out: fx.Node, site: Site) -> fx.Node:
-    """The operator's [B, H, M, Dv] with the dimensions of the original output."""
-    digits, order = _out_digits(site)
+def _placed(emit: Emitter, out: fx.Node, site: Site, index: Sequence[Index]) -> fx.Node:
+    """The operator's [B, H, M, Dv] with the dimensions of an original output."""
+    digits, order = _out_digits(site, index)
     node = out
     for dim in range(3, -1, -1):
         parts = digits[_AXES[dim]]
@@ -331,7 +351,7 @@ def _placed(emit: Emitter, out: fx.Node, site: Site) -> fx.Node:
     permutation = [start[var] + rank for var, rank in order]
     if permutation != sorted(permutation):
         node = emit(aten.permute.default, node, permutation)
-    return _grouped(emit, node, [len(dim) for dim in site.out_index])
+    return _grouped(emit, node, [len(dim) for dim in index])
 
 
 def _out_order(site: Site) -> tuple[int, ...]:
@@ -405,22 +425,6 @@ def _number(expr: Any, scope: Scope, node: fx.Node, here: Scope) -> fx.Node:
     return node if scope is here else here.imported(scope, node)
 
 
-def _erase(graph: fx.Graph, start: Iterable[fx.Node]) -> None:
-    """Erases the nodes of the old attention that nothing reads any more, and what only they read."""
-    todo = list(start)
-    while todo:
-        node = todo.pop()
-        if node._erased or node.users or node.op != "call_function" or node.graph is not graph:
-            continue
-        target = node.target
-        pure = isinstance(target, torch._ops.OpOverload) and not target._schema.is_mutable
-        if not pure and getattr(target, "__name__", "") != "getitem":
-            continue
-        inputs = node.all_input_nodes
-        graph.erase_node(node)
-        todo.extend(inputs)
-
-
 def prune_operands(scope: Scope) -> None:
     """Operands of a checkpoint that its body no longer reads are no longer passed, nor computed."""
     if scope.call is None or scope.outer is None:
@@ -431,4 +435,4 @@ def prune_operands(scope: Scope) -> None:
     for placeholder, _ in pairs:
         if not placeholder.users:
             scope.module.graph.erase_node(placeholder)
-    _erase(scope.outer.module.graph, [x for _, x in pairs if isinstance(x, fx.Node)])
+    erase(scope.outer.module.graph, [x for _, x in pairs if isinstance(x, fx.Node)])

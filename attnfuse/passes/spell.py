@@ -56,18 +56,20 @@ def meaning(site: Site) -> Meaning:
         if source in sources:
             continue
         sources.append(source)
-        declared.append(
-            Leaf(_leaf_name(source, load, declared), SHORT_DTYPES[fake(source.node).dtype], len(source.dims))
-        )
+        of_sink = program.sink is not None and load in loads(program.sink)
+        name = _leaf_name(source, load, declared, of_sink=of_sink)
+        declared.append(Leaf(name, SHORT_DTYPES[fake(source.node).dtype], len(source.dims)))
     final = {table.leaf(s): leaf.name for s, leaf in zip(sources, declared, strict=True)}
     spec = AttentionSpec(_leaves_renamed(program, final), tuple(declared), site.dropout)
     return Meaning(spec, tuple(sources), tuple(numbers), _hints(site))
 
 
-def _leaf_name(source: LeafSource, load: Load, taken: Sequence[Leaf]) -> str:
+def _leaf_name(source: LeafSource, load: Load, taken: Sequence[Leaf], *, of_sink: bool) -> str:
     dtype = fake(source.node).dtype
     used = frozenset().union(*(free_vars(i) for i in load.indices))
-    if dtype == torch.bool:
+    if of_sink:
+        name = "sinks"
+    elif dtype == torch.bool:
         name = "pad" if used <= {"b", "n"} else "mask"
     elif not dtype.is_floating_point:
         name = "pos" if not used & {"n"} else "ids"

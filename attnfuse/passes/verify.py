@@ -24,10 +24,11 @@ LIMIT: Final = 2**26
 """Scores (B·H·M·N) beyond which the original, which holds them all, is not run."""
 
 
-def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx.Node], None]:
-    """A function of the new output that raises Miss AF044 where the two differ; what was done goes into `facts["verified"]`."""
+def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx.Node, fx.Node], None]:
+    """A function of an old and a new output that raises Miss AF044 where they differ; what was done goes into
+    `facts["verified"]`."""
 
-    def check(new: fx.Node) -> None:
+    def check(old: fx.Node, new: fx.Node) -> None:
         scores = what.shape.B * what.shape.H * what.shape.M * what.shape.N
         if scores > LIMIT:
             facts["verified"] = f"no: {scores} scores, the limit is {LIMIT}"
@@ -40,11 +41,11 @@ def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx
         trials = 0
         for values in _trials({*operands, *(source.node for source in what.leaves)}, operands):
             try:
-                original = _run(site.out, values)
+                original = _run(old, values)
             except IndexError:
                 # data that the model uses as an index is not large
                 continue
-            exact = _run(site.out, {node: _double(x) for node, x in values.items()}, double=True)
+            exact = _run(old, {node: _double(x) for node, x in values.items()}, double=True)
             with torch._C._DisableAutocast():
                 # what is new casts by itself
                 actual = _run(new, values)

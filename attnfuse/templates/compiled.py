@@ -20,7 +20,8 @@ from torch import Tensor
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates import tuning
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.flash import Decode, Flash, rehearsing
+from attnfuse.templates.flash import Decode, Flash
+from attnfuse.templates.launch import rehearsing
 from attnfuse.templates.tuning import Config
 
 ARCHITECTURES: Final = ("sm_80", "sm_90", "sm_100", "gfx942")

@@ -443,7 +443,7 @@ def _compile(name: str, args: tuple[str, ...], lines: tuple[str, ...]) -> Any:
     import triton
     import triton.language as tl
 
-    from attnfuse.templates import tile
+    from attnfuse.templates.kernels import tile
 
     source = "\n    ".join((f"def {name}({', '.join(args)}):", *lines)) + "\n"
     file = f"<attnfuse {name} {zlib.crc32(source.encode()):08x}>"

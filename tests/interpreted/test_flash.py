@@ -13,9 +13,10 @@ from triton.runtime.errors import OutOfResources
 
 from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
-from attnfuse.templates import dropout, flash, flash_backward, flash_forward, tuning
-from attnfuse.templates.base import Kernel
+from attnfuse.templates import dropout, flash, launch, score_function, tuning
+from attnfuse.templates.base import Cotangents, Inputs, Kernel
 from attnfuse.templates.flash import Decode, Flash
+from attnfuse.templates.kernels import backward, empty_rows, forward
 from attnfuse.templates.tuning import Config
 from tests.families import (
     FAMILIES,
@@ -95,8 +96,8 @@ def test_operands_that_are_not_aligned_are_read_by_pointers() -> None:
         return wide[1:].view(x.shape).requires_grad_()
 
     call = plain._replace(q=shifted(plain.q), k=shifted(plain.k), v=shifted(plain.v))
-    assert not flash._describable(call.k)
-    assert flash._describable(plain.k)
+    assert not launch._describable(call.k)
+    assert launch._describable(plain.k)
     hold_to_oracle(call)
 
 
@@ -111,8 +112,8 @@ def test_more_heads_than_a_grid_axis_has() -> None:
         def launch(self, kernel: Any, arguments: dict[str, Any], config: Config) -> None:
             programs.append(arguments["row_tiles"])
 
-    inputs = flash.Inputs(call.spec, str(call.spec), call.shape, q, k, v, (), (), None, call.order)
-    with flash.rehearsing(Counter()):
+    inputs = Inputs(call.spec, str(call.spec), call.shape, q, k, v, (), (), None, call.order)
+    with launch.rehearsing(Counter()):
         Flash().forward(inputs)
     # one axis of the grid holds all tiles of all heads, and it takes 2³¹ - 1
     assert programs == [1]
@@ -134,7 +135,7 @@ def test_the_dropout_mask_is_the_one_of_every_device(text: str, kernel: Kernel) 
 @settings(max_examples=40)
 def test_random_programs(case: Case) -> None:
     call = values_of(case)
-    if flash.problem(str(call.spec)) is None:
+    if score_function.problem(str(call.spec)) is None:
         hold_to_oracle(call)
 
 
@@ -178,7 +179,7 @@ def test_a_kernel_that_cannot_be_made_costs_no_program(monkeypatch: pytest.Monke
     def fails(*args: Any, **kwargs: Any) -> None:
         raise OutOfResources(300_000, 232_448, "shared memory")
 
-    monkeypatch.setattr(flash._Call, "launch", fails)
+    monkeypatch.setattr(launch.Call, "launch", fails)
     with pytest.warns(RuntimeWarning, match="no Triton kernel for .*OutOfResources: out of resource: shared memory"):
         out = call.run()[0]
     torch.testing.assert_close(out, expected)
@@ -191,8 +192,8 @@ def test_one_text_serves_many_lengths() -> None:
     text = "pad: bool[:, :]; s*0.125 where n <= m + N - M & n // 8 != m + i0 & pad[b, n] else +min"
 
     def functions(N: int) -> flash.Functions:
-        shape, form = Shape(1, 4, 2, 1, N, 64, 64), flash.LeafForm.of((1, N), (N, 1))
-        return flash._plan(text, shape, (N,), (form,)).functions
+        shape, form = Shape(1, 4, 2, 1, N, 64, 64), score_function.LeafForm.of((1, N), (N, 1))
+        return launch._plan(text, shape, (N,), (form,)).functions
 
     assert functions(2049) is functions(4096)
     assert functions(2048) is not functions(2049)
@@ -209,15 +210,15 @@ LONG = Shape(2, 4, 2, 1, 1200, 16, 16)
 @pytest.mark.parametrize("kernel", ["decode"], indirect=True)
 def test_rows_split_over_their_keys(name: str, kernel: Kernel, monkeypatch: pytest.MonkeyPatch) -> None:
     parts: list[int] = []
-    real = flash._Call.launch
+    real = launch.Call.launch
 
-    def launch(self: Any, kernel: Any, table: str, programs: Any, arguments: Any, rows: int | None = None) -> Config:
+    def counted(self: Any, kernel: Any, table: str, programs: Any, arguments: Any, rows: int | None = None) -> Config:
         if table == "decode":
             parts.append(arguments(tuning.configs("decode", "interpreter", 4, 16)[0])["splits"])
         used: Config = real(self, kernel, table, programs, arguments, rows)
         return used
 
-    monkeypatch.setattr(flash._Call, "launch", launch)
+    monkeypatch.setattr(launch.Call, "launch", counted)
     text, leaves = FAMILIES[name]
     text = text.replace("n <= m", "n <= m + N - M").replace("n > m", "n > m + N - M")
     hold_to_oracle(made(text, LONG, leaves(LONG)))
@@ -286,16 +287,16 @@ def test_every_branch_of_every_kernel_is_reached() -> None:
         call = made(text, shape, tuple(x.requires_grad_(x.is_floating_point()) for x in leaves(shape)))
         q, k, v = (layout(x.detach()).requires_grad_() for x in (call.q, call.k, call.v))
         for template in (Flash(), Decode()):
-            inputs = flash.Inputs(call.spec, str(call.spec), shape, q, k, v, call.leaves, (), SEED, call.order)
-            with flash.rehearsing(Recorder()):
+            inputs = Inputs(call.spec, str(call.spec), shape, q, k, v, call.leaves, (), SEED, call.order)
+            with launch.rehearsing(Recorder()):
                 out, lse = template.forward(inputs)
                 for needs in ((True, True, True), (True, False, True), (False, True, False)):
                     wanted = (*needs, *(x.requires_grad for x in call.leaves))
-                    given_ = flash.Cotangents(out, lse, out, lse if needs[0] else None, wanted)
+                    given_ = Cotangents(out, lse, out, lse if needs[0] else None, wanted)
                     template.backward(inputs, given_)
     kernels = {
         name: fn
-        for module in (flash_forward, flash_backward)
+        for module in (forward, backward, empty_rows)
         for name, fn in vars(module).items()
         if name in seen and hasattr(fn, "fn")
     }

@@ -1,23 +1,19 @@
 """Kernels of the forward: online softmax over the key tiles that the mask leaves (T. Dao, FlashAttention-2, arXiv:2307.08691).
 
 `attend` works on a block of rows of one head, or, PACKED, on rows of all query heads that share a KV head; SPLIT, on a part of
-their keys, whose results `combine` puts together (flash decoding).  `empty_rows` fills in rows in which no key is allowed.
-The log-sum-exp that is stored is natural.
+their keys, whose results `combine` puts together (flash decoding).  The log-sum-exp that is stored is natural.
 """
 
 import triton
 import triton.language as tl
 
-from attnfuse.templates.tile import (
+from attnfuse.templates.kernels.tile import (
     LN2,
     LOG2E,
-    UNIFORM,
-    base,
     dropped,
     load_tile,
     nth_tile,
     place,
-    pointer_tile,
     row_hash,
     store_tile,
     tile_count,
@@ -335,67 +331,3 @@ def combine(
     value = _finish(value[None, :], lse, b, h + one, m + one, Z, L, SINK, ZERO)
     tl.store(Lse + row + one, lse)
     store_tile(Out, b, h + one, m + one, one == 0, OS, value, DV, BLOCK_DV)
-
-
-@triton.jit(do_not_specialize=["row_tiles"])
-def empty_rows(
-    V,
-    Out,
-    Lse,
-    Seed,
-    VS,
-    OS,
-    Z,
-    L,
-    row_tiles,
-    MINIMAL: tl.constexpr,
-    SINK: tl.constexpr,
-    ZERO: tl.constexpr,
-    THRESHOLD: tl.constexpr,
-    KEEP: tl.constexpr,
-    PRECISION: tl.constexpr,
-    DV: tl.constexpr,
-    BLOCK_DV: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-):
-    """Rows whose log-sum-exp came out as -inf and that have no allowed key: uniform over the keys filled with `min`, or zeros.
-
-    Rows with an allowed key whose scores are all -inf keep what they have.
-    """
-    H, Hkv, M, N = Z[1], Z[2], Z[3], Z[4]
-    program = tl.program_id(0)
-    tile, head = program % row_tiles, program // row_tiles
-    b, h = head // H, head % H
-    row = tile * BLOCK_M + tl.arange(0, BLOCK_M)
-    m = tl.minimum(row, M - 1)
-    at_row = (tl.cast(b, tl.int64) * H + h) * M + m
-    wanted = (tl.load(Lse + at_row) == float("-inf")) & (row < M)
-    if SINK is not None:
-        wanted = wanted & (SINK(b, h, m, Z, L) == float("-inf"))
-    if tl.max(wanted.to(tl.int32), 0) > 0:
-        seed, row0, row1 = 0, 0, 0
-        if THRESHOLD is not None:
-            seed = tl.load(Seed)
-            row0, row1 = row_hash(seed, b, h, m[:, None])
-        v = base(V, b, h // (H // Hkv), VS)
-        acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
-        count = tl.zeros([BLOCK_M], tl.float32)
-        some = tl.zeros([BLOCK_M], tl.int32)
-        cells = tl.zeros([BLOCK_M, BLOCK_N], tl.int32)
-        for n0 in tl.range(0, N, BLOCK_N):
-            n = n0 + tl.arange(0, BLOCK_N)[None, :]
-            minimal, _attached, allowed = MINIMAL(b, h, m[:, None], n, Z, L)
-            weight = ((cells == 0) & minimal & (n < N)).to(tl.float32)
-            some = tl.maximum(some, tl.max(((cells == 0) & allowed & (n < N)).to(tl.int32), 1))
-            count += tl.sum(weight, 1)
-            if THRESHOLD is not None:
-                weight = tl.where(dropped(seed, row0, row1, n, THRESHOLD), 0.0, weight)
-            values = pointer_tile(v, tl.minimum(n0 + tl.arange(0, BLOCK_N), N - 1), VS, DV, BLOCK_DV)
-            acc = tl.dot(weight.to(values.dtype), values, acc, input_precision=PRECISION)
-        value = acc * KEEP / count[:, None]
-        if ZERO:
-            value = tl.where((count == 0.0)[:, None], 0.0, value)
-        wanted = wanted & (some == 0)
-        tl.store(Lse + at_row, tl.where(count > 0.0, UNIFORM, float("-inf")), mask=wanted)
-        store_tile(Out, b, h, m, wanted, OS, value, DV, BLOCK_DV)
