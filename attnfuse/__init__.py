@@ -14,13 +14,22 @@ from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     from attnfuse.explain import explain
+    from attnfuse.integrations import register_with_accelerate
     from attnfuse.ops import attention
     from attnfuse.remark import Remark, Report
     from attnfuse.spec import AttentionSpec
 
 __version__ = "0.1.0"
 
-__all__ = ["AttentionSpec", "Remark", "Report", "__version__", "attention", "explain"]
+__all__ = [
+    "AttentionSpec",
+    "Remark",
+    "Report",
+    "__version__",
+    "attention",
+    "explain",
+    "register_with_accelerate",
+]
 
 _HOME = {
     "AttentionSpec": "attnfuse.spec",
@@ -28,6 +37,7 @@ _HOME = {
     "Report": "attnfuse.remark",
     "attention": "attnfuse.ops",
     "explain": "attnfuse.explain",
+    "register_with_accelerate": "attnfuse.integrations",
 }
 
 

@@ -156,6 +156,12 @@ CODES: Final[dict[str, Code]] = {
         "Autocast or grad mode is switched between the score matmul and the value matmul.",
         "Put the whole attention inside or outside of the autocast or no_grad block.",
     ),
+    "AF035": Code(
+        "missed",
+        "the scores are made of an input of the graph, not by a matmul in it",
+        "The caller computed them, or Dynamo broke the graph between the score matmul and the softmax.",
+        "Remove the break that TORCH_LOGS=graph_breaks shows; for .item(): torch._dynamo.config.capture_scalar_outputs = True.",
+    ),
     "AF040": Code(
         "failed",
         "a pass raised an exception at this attention",

@@ -106,7 +106,7 @@ def masked_scores_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Ten
     return s.softmax(-1) @ v, s
 
 
-@near_miss("AF025")
+@near_miss("s")
 def scores_used_for_a_log_sum_exp(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     s = q @ k.mT
     return s.softmax(-1) @ v, s.logsumexp(-1)
@@ -181,7 +181,7 @@ def weights_viewed_with_another_meaning(q: Tensor, k: Tensor, v: Tensor) -> Tens
     return (q @ k.mT).softmax(-1).view(2, 6, 4, 6) @ torch.cat([v, v], 2)[:, :, :6]
 
 
-@near_miss("AF020")
+@near_miss("AF035")
 def value_times_value_of_no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q * k).softmax(-1) @ v.mT
 
@@ -235,7 +235,7 @@ def tril_of_the_weights(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).tril() @ v
 
 
-@near_miss("AF021")
+@near_miss("s")
 def weights_renormalised(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)
     return (weights / weights.sum(-1, keepdim=True)) @ v
@@ -293,7 +293,7 @@ def product_scaled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return torch.baddbmm(v, (q @ k.mT).softmax(-1), v, beta=0, alpha=2)
 
 
-@near_miss("AF028")
+@near_miss()
 def no_value(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     (q @ k.mT).softmax(-1)
     return v * 2
@@ -314,7 +314,7 @@ def topk_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.masked_fill(s < least, -math.inf).softmax(-1) @ v
 
 
-@near_miss("AF024")
+@near_miss("s")
 def maximum_subtracted(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
     return (s - s.amax(-1, keepdim=True)).softmax(-1) @ v
@@ -347,7 +347,7 @@ def scores_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).detach().softmax(-1) @ v
 
 
-@near_miss("AF020", inputs=given(randn(2, 4, 6, 6)))
+@near_miss("AF035", inputs=given(randn(2, 4, 6, 6)))
 def scores_given_by_the_caller(q: Tensor, k: Tensor, v: Tensor, s: Tensor) -> Tensor:
     return (s.cumsum(-1) * 0.5).softmax(-1) @ v
 
@@ -554,7 +554,7 @@ def key_written_through_a_view(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return weights @ v + k
 
 
-@near_miss("AF026")
+@near_miss("bias: f32[:, :, :, :]; s + bias[b, h, m, n]")
 def mask_written_in_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = q[..., :1].detach() * torch.ones(6)
     s = q @ k.mT + mask
@@ -562,11 +562,26 @@ def mask_written_in_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return s.softmax(-1) @ v + mask.sum()
 
 
-@near_miss("AF026", inputs=given(causal()), gradients=False)
+@near_miss("mask: bool[:, :]; s where mask[m, n] else -inf", inputs=given(causal()), gradients=False)
 def mask_of_the_caller_written_in_between(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     weights = (q @ k.mT).masked_fill(~mask, -math.inf).softmax(-1)
     mask.fill_(True)
     return weights @ v
+
+
+@near_miss("AF026", inputs=given(causal()), gradients=False)
+def mask_read_again_after_it_was_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = torch.where(mask, q @ k.mT, -math.inf)
+    mask.fill_(True)
+    return torch.where(mask, s, -math.inf).softmax(-1) @ v
+
+
+@near_miss(*["mask: bool[:, :]; s where mask[m, n] else -inf"] * 2, inputs=given(causal()), gradients=False)
+def mask_written_between_two_layers(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    first = (q @ k.mT).masked_fill(~mask, -math.inf)
+    second = (k @ q.mT).masked_fill(~mask, -math.inf)
+    mask.fill_(True)
+    return first.softmax(-1) @ v + second.softmax(-1) @ v
 
 
 @near_miss("bias: f32[:]; s + bias[n]", gradients=False)
@@ -641,7 +656,7 @@ def integer_query_and_key(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # Softmaxes that are no attention
 
 
-@near_miss()
+@near_miss("s")
 def softmax_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
     weights = (s - s.amax(-1, keepdim=True)).exp()

@@ -609,13 +609,6 @@ def differentiates(x: Tensor) -> Any:
     return torch.func.grad(lambda x: x.softmax(-1).exp().sum())(x)
 
 
-@refused("AF041", "enters inference mode", G)
-def leaves_inference_mode(x: Tensor) -> Any:
-    with torch.inference_mode(False):
-        y = x.exp()
-    return y * x
-
-
 @refused("AF041", "no tensor input", 3)
 def without_a_tensor(n: int) -> Any:
     return torch.arange(n).softmax(-1, dtype=torch.float32)

@@ -61,6 +61,8 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
             step(work)
             dump(options.dump, at, step.__name__, work.graph, gm)
         except NormaliseError as error:
+            if not _names_a_softmax(gm):
+                return None, Report(())
             if options.strict and error.code == "AF041":
                 raise
             return None, Report((Remark.of(error.code, why=error.reason),))
@@ -130,6 +132,17 @@ def _guarded(work: Work, anchor: fx.Node, step: Callable[[], T]) -> T | Remark:
             raise
         log.debug("a pass raised at %s", anchor, exc_info=True)
         return Remark.of("AF040", **where, error=_described(error), node=anchor.name)
+
+
+def _names_a_softmax(gm: fx.GraphModule) -> bool:
+    """Whether something in the graph, or in a body in it, may be one: else there is nothing to be said about it."""
+    names = (
+        str(getattr(n.target, "__name__", n.target))
+        for m in gm.modules()
+        if isinstance(m, fx.GraphModule)
+        for n in m.graph.nodes
+    )
+    return any(part in name for name in names for part in ("softm", "attention", "exp", "transformer"))
 
 
 def _described(error: Exception) -> str:

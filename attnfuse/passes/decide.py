@@ -6,16 +6,18 @@ The passes ask `templates.choose` with the sizes of this compile; the operator a
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import torch
+from torch import fx
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, shape, source_line
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.recognise import Site
 from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
-from attnfuse.score import Program, S, loads
+from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Refusal, choose
 from attnfuse.templates.inline import Inline
@@ -100,12 +102,18 @@ def _score_layers(program: Program) -> tuple[str, ...]:
 
 def _notes(site: Site, what: Meaning) -> tuple[str, ...]:
     notes = []
-    masks = [load for tier in what.spec.program.tiers for load in loads(tier.allowed)]
-    dense = [x for x in masks if len(x.indices) and {"m", "n"} <= {str(i) for i in x.indices}]
     sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
-    if any(sources[x.leaf].node.op == "placeholder" for x in dense):
+
+    def of_each_score(expressions: Iterable[Expr]) -> list[fx.Node]:
+        found = [load for expr in expressions for load in loads(expr)]
+        return [sources[x.leaf].node for x in found if {"m", "n"} <= {str(i) for i in x.indices}]
+
+    masks = of_each_score(tier.allowed for tier in what.spec.program.tiers)
+    # a float that is added and that nobody learns may be a mask too
+    added = [x for x in of_each_score([what.spec.program.body]) if not site.scope.may_require_grad(x)]
+    if any(node.op == "placeholder" for node in (*masks, *added)):
         notes.append("AF050")
-    elif dense:
+    elif masks:
         notes.append("AF051")
     if needs_every_key(what.spec.program) and not never_empty(bounds(what.spec)):
         notes.append("AF052")

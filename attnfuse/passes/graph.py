@@ -78,6 +78,8 @@ def packet(node: fx.Node) -> str:
     target = node.target
     if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         name = target._schema.name.removeprefix("aten::")
+        if name in ("max", "min") and target._overloadname == "other":
+            return f"{name}imum"
         if name.endswith("_") and not name.endswith("__"):
             return f"{_ALIASES.get(name[:-1], name[:-1])}_"
         return _ALIASES.get(name, name)
@@ -129,6 +131,8 @@ class Storage:
         self.members[root] = [m for m in self.members[root] if self.position[m] < at]
         self.members[new] = [new, *later]
         self.position[new] = at
+        writes = self._writes.pop(root, [])
+        self._writes[root], self._writes[new] = [w for w in writes if w < at], [w for w in writes if w > at]
         for member in self.members[new]:
             self._root[member] = new
 

@@ -73,6 +73,8 @@ class Table:
     symbols: dict[str, tuple[sympy.Expr, Scope, fx.Node]] = field(default_factory=dict)
     computed_in: torch.dtype = torch.float32
     """The type in which a template computes what is lifted at present; other arithmetic on data is read, not repeated."""
+    no_grad: bool = False
+    """Whether the attention that is lifted at present runs under no_grad itself, so that no gradient can end within it."""
     _names: dict[Any, str] = field(default_factory=dict)
 
     def leaf(self, source: LeafSource) -> str:
@@ -196,7 +198,7 @@ class Lifter:
 
         Raises Misaligned if not even a load can be written down at this index.
         """
-        key = (node, tuple(index), self.computed_in)
+        key = (node, tuple(index), self.computed_in, self.scope.table.no_grad)
         if key in self.memo:
             return self.memo[key]
         state, offered = claimant.state(), self.offered
@@ -259,7 +261,7 @@ class Lifter:
         if found is not None:
             self.offered += 1
             return self._score(found, index, claimant)
-        if cuts_gradient(node):
+        if cuts_gradient(node) and not self.scope.table.no_grad:
             raise Unliftable("a gradient ends here")
         rule = RULES.get(packet(node))
         if rule is None:

@@ -16,8 +16,8 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
-from attnfuse.passes.index import Digit, Index, Misaligned, Size, regroup, same
-from attnfuse.passes.views import PERMUTATIONS, permutation
+from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, regroup, same
+from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
 from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
 
 
@@ -188,6 +188,8 @@ class Descent:
 
     Attributes:
         sink_at: where along the keys a column stands that has no value and is still to be cut off: 0 or the number of keys.
+        lift: the element of a tensor of the graph, at an index.
+        kept: where weights were not set to zero, and whether that made zeros of NaN too.
     """
 
     node: fx.Node
@@ -195,6 +197,8 @@ class Descent:
     dropout: float = 0.0
     sink_at: Size | None = None
     keys: int = -1
+    lift: Callable[[fx.Node, tuple[Index, ...]], Expr] | None = None
+    kept: list[tuple[Expr, bool]] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
 
@@ -229,14 +233,20 @@ def _has_effect(node: fx.Node) -> bool:
     return isinstance(node.target, torch._ops.OpOverload) and node.target._schema.is_mutable
 
 
-def descend(weights: fx.Node, index: tuple[Index, ...], beside: Beside | None = None) -> tuple[Descent, fx.Node]:
+def descend(
+    weights: fx.Node,
+    index: tuple[Index, ...],
+    beside: Beside | None,
+    lift: Callable[[fx.Node, tuple[Index, ...]], Expr],
+) -> tuple[Descent, fx.Node]:
     """Peels casts, dropout and views below the softmax; returns what was passed and the value matmul.
 
     Args:
         index: of the keys' part of the weights.
         beside: the sink's column in them.
+        lift: see `Descent`.
     """
-    at = Descent(weights, index, nodes=[weights])
+    at = Descent(weights, index, lift=lift, nodes=[weights])
     if beside is not None:
         at.sink_at, at.keys = beside.at, beside.dim
     while True:
@@ -269,6 +279,54 @@ def _below_dropout(at: Descent, user: fx.Node) -> None:
         raise Miss("AF023", user, f"dropout({p}) that is no constant in (0, 1), or the second one")
     at.dropout = p
     at.seen.append(f"dropout {p}")
+
+
+def _below_zeros(at: Descent, user: fx.Node) -> None:
+    """Weights set to zero, by `masked_fill`, `where` or a factor of zeros and ones."""
+    _no_sink(at, user)
+    args, name = bound(user), packet(user)
+    if name == "masked_fill":
+        weights, condition, other = args["self"], args["mask"], args["value"]
+    elif name == "where":
+        condition, weights, other = args["condition"], args["self"], args["other"]
+    else:
+        weights, condition = (args["self"], args["other"]) if args["self"] is at.node else (args["other"], args["self"])
+        other = 0
+    is_tensors = is_tensor(condition) and weights is at.node and condition is not at.node
+    if isinstance(other, fx.Node) and packet(other) in ("scalar_tensor", "zeros", "zeros_like", "new_zeros", "full"):
+        given = bound(other)
+        other = given.get("s", given.get("fill_value", 0))
+    if not is_tensors or not isinstance(other, int | float) or other != 0 or at.dropout:
+        raise Miss("AF023", user, name)
+    if len(shape(user)) != len(at.index) or not all(map(same, shape(user), shape(at.node))):
+        raise Miss("AF023", user, "the weights are expanded")
+    assert at.lift is not None
+    try:
+        expr = at.lift(condition, broadcast(condition, at.index))
+    except Unliftable as error:
+        raise Miss("AF023", user, str(error)) from error
+    if name == "mul":
+        if not (isinstance(expr, Call) and expr.op == "where" and expr.args[1:] == (Const(1.0), Const(0.0))):
+            raise Miss("AF023", user, "multiplied by what is no mask of zeros and ones")
+        expr = expr.args[0]
+    at.kept.append((call("not", expr) if name == "masked_fill" else expr, name != "mul"))
+    at.seen.append("zeros where masked")
+
+
+def emptied(program: Program, down: Descent) -> Program:
+    """The program of weights that were set to zero where no key is allowed: rows without one give zeros.
+
+    Raises:
+        Miss: AF023 where that changes other weights than those of keys that the scores' mask excludes.
+    """
+    for kept, of_nan in down.kept:
+        joined: Expr | None = None
+        for tier in program.tiers:
+            joined = tier.allowed if joined is None else call("and", joined, tier.allowed)
+        if kept != joined or (not of_nan and any(tier.fill == "-inf" for tier in program.tiers)):
+            raise Miss("AF023", down.nodes[0], "weights are set to zero that the mask of the scores leaves")
+        program = Program(program.body, tuple(Tier(tier.allowed, "0row") for tier in program.tiers), program.sink)
+    return program
 
 
 def _below_slice(at: Descent, user: fx.Node) -> None:
@@ -313,6 +371,7 @@ _BELOW: Final[Mapping[str, Callable[[Descent, fx.Node], None]]] = {
     **dict.fromkeys(("to", "_to_copy", "type_as"), _below_cast),
     **dict.fromkeys(("contiguous", "clone", "alias"), lambda at, user: None),
     **dict.fromkeys(("slice", "narrow"), _below_slice),
+    **dict.fromkeys(("masked_fill", "where", "mul"), _below_zeros),
     "dropout": _below_dropout,
     **dict.fromkeys(("view", "reshape", "_unsafe_view", "flatten", "unflatten", "unsqueeze", "squeeze"), _below_view),
     **dict.fromkeys(("expand", "expand_as"), _below_expand),
@@ -368,56 +427,16 @@ def score_input(softmax: fx.Node) -> tuple[fx.Node, int]:
 
 
 def scores_of(source: fx.Node, dim: int) -> tuple[fx.Node, Beside | None]:
-    """The scores within what a softmax over `dim` reads: without a column beside them, nor the row's maximum that is taken off."""
-    beside = None
-    while True:
-        shifted = without_maximum(source, dim)
-        if shifted is not None:
-            source = shifted
-        elif beside is None and (found := _split_off(source, dim)) is not None:
-            source, beside = found
-        elif packet(source) in ("to", "_to_copy", "contiguous", "clone") and _leads_to_either(source, dim):
-            source = source.args[0]  # type: ignore[assignment]
-        else:
-            return source, beside
-
-
-def _leads_to_either(node: fx.Node, dim: int) -> bool:
-    """Whether a copy that loses nothing is of scores with a maximum taken off or a column beside them."""
-    below = node.args[0]
-    if not isinstance(below, fx.Node) or not is_tensor(below):
-        return False
-    if torch.promote_types(fake(below).dtype, fake(node).dtype) != fake(node).dtype:
-        return False
-    return without_maximum(below, dim) is not None or _split_off(below, dim) is not None
-
-
-def without_maximum(node: fx.Node, dim: int) -> fx.Node | None:
-    """`x` where the node is `x - max(x)`, the maximum being taken over `dim` at least, or `x - logsumexp(x)`.
-
-    Softmax is the same for both, and what is taken off gets a gradient of zero.
-    """
-    if packet(node) != "sub":
-        return None
-    args = bound(node)
-    source, shift = args["self"], args["other"]
-    if args.get("alpha", 1) != 1 or not (is_tensor(source) and is_tensor(shift)):
-        return None
-    while packet(shift) in ("detach", "expand", "expand_as", "alias"):
-        shift = shift.args[0]
-    if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0 and packet(shift.args[0]) == "max":
-        shift = shift.args[0]
-    elif packet(shift) not in ("amax", "max", "logsumexp"):
-        return None
-    args = bound(shift)
-    if args["self"] is not source:
-        return None
-    if "dim" not in args:
-        return source if len(args) == 1 else None
-    dims = args["dim"] if isinstance(args["dim"], list | tuple) else [args["dim"]]
-    rank = len(shape(source))
-    over = {d % rank for d in dims} or set(range(rank))
-    return source if dim in over and args["keepdim"] else None
+    """The scores within what a softmax over `dim` reads, and the column that stands beside them."""
+    below = source
+    while packet(below) in ("to", "_to_copy", "contiguous", "clone"):
+        above = below.args[0]
+        assert isinstance(above, fx.Node)
+        if torch.promote_types(fake(above).dtype, fake(below).dtype) != fake(below).dtype:
+            break
+        below = above
+    found = _split_off(below, dim)
+    return found if found is not None else (source, None)
 
 
 def _split_off(node: fx.Node, dim: int) -> tuple[fx.Node, Beside] | None:

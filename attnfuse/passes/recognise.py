@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
@@ -17,10 +17,21 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, piece, product, same
-from attnfuse.passes.lift import Scope
-from attnfuse.passes.peel import Beside, Descent, Miss, Valued, descend, program_of, score_input, scores_of, valued
+from attnfuse.passes.lift import LeafSource, Scope
+from attnfuse.passes.peel import (
+    Beside,
+    Descent,
+    Miss,
+    Valued,
+    descend,
+    emptied,
+    program_of,
+    score_input,
+    scores_of,
+    valued,
+)
 from attnfuse.passes.rules import as_float
-from attnfuse.passes.views import broadcast, through_view
+from attnfuse.passes.views import broadcast, cuts_gradient, through_view
 from attnfuse.score import TRUE, Call, Const, Expr, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
@@ -78,6 +89,8 @@ class Site:
     lse: fx.Node | None = None
     """The log-sum-exp of the scores, where the model computes one beside the softmax, at `lse_index`."""
     lse_index: tuple[Index, ...] = ()
+    overwritten: dict[LeafSource, fx.Node] = field(default_factory=dict)
+    """Leaves that are written to before the replacement reads them, each with the first such write: a copy is read."""
 
     @property
     def place(self) -> fx.Node:
@@ -103,7 +116,8 @@ class _Claim:
         query_labels = [x for x in found.out_labels if "m" in _variables(values[x])]
         if self.keys and (len(key_labels) != 1 or values[key_labels[0]] != self.keys):
             return False
-        if self.queries and (len(query_labels) != 1 or values[query_labels[0]] != self.queries):
+        # heads may be folded into the rows
+        if self.queries and (len(query_labels) != 1 or not {*self.queries} <= {*values[query_labels[0]]}):
             return False
         sides = [labels for _, labels in found.sides()]
         if self.keys and sum(key_labels[0] in labels for labels in sides) != 1:
@@ -191,6 +205,7 @@ def anchors(scope: Scope) -> Iterator[fx.Node]:
 def recognise(scope: Scope, anchor: fx.Node) -> Site:
     """The attention at an anchor; raises Miss."""
     scope.lifter.stopped = scope.lifter.refused = None
+    scope.table.no_grad = cuts_gradient(anchor)
     scope.table.computed_in = torch.promote_types(fake(anchor).dtype, torch.float32)
     if packet(anchor) == "scaled_dot_product_attention":
         site = _from_sdpa(scope, anchor)
@@ -231,13 +246,29 @@ def _no_score(scope: Scope, softmax: fx.Node, source: fx.Node) -> Miss:
         )
     found = _product_above(source)
     if found is None:
-        return Miss("AF020", source, packet(source) or source.op)
+        given = _input_above(source)
+        return Miss("AF020", source, packet(source) or source.op) if given is None else Miss("AF035", given, given.name)
     product_node, last = found
     writes = scope.storage.writes(product_node)
     if writes:
         written = next(n for n, at in scope.storage.position.items() if at == writes[0])
         return Miss("AF024", written, f"{packet(written)} writes to the scores")
-    return Miss("AF024", last, packet(last) or last.op)
+    return Miss("AF034" if cuts_gradient(last) else "AF024", last, packet(last) or last.op)
+
+
+def _input_above(source: fx.Node) -> fx.Node | None:
+    """The graph's input of the scores' own size that goes into `source`, if there is one that the model computed."""
+    todo, seen = [source], set()
+    while todo:
+        node = todo.pop()
+        if node in seen or not is_tensor(node) or not fake(node).dtype.is_floating_point:
+            continue
+        seen.add(node)
+        alike = len(shape(node)) == len(shape(source)) and all(map(same, shape(node), shape(source)))
+        if node.op == "placeholder" and alike and fake(node).dim() > 2:
+            return node
+        todo.extend(node.all_input_nodes if alike else ())
+    return None
 
 
 def _product_above(source: fx.Node) -> tuple[fx.Node, fx.Node] | None:
@@ -273,7 +304,8 @@ def _with_queries(
     program = program_of(expr, fake(source).dtype)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
-    down, matmul = descend(softmax, axes.index, beside)
+    down, matmul = descend(softmax, axes.index, beside, scope.lifter.lift)
+    program = emptied(program, down)
     value = valued(down, matmul, axes.keys[0] if axes.keys else None)
     q, k, depth = _query_and_key(claim)
     v = Operand(value.value, value.value_index, (value.found.node,))
@@ -447,7 +479,7 @@ def _shallowest(scope: Scope, operand: Operand, sizes: Sizes, role: str) -> Oper
     at = operand
     size = product(shape(operand.node))
     while True:
-        step = through_view(at.node, at.index)
+        step = through_view(at.node, at.index, no_grad=scope.table.no_grad)
         if step is None or (scope.storage.writes(at.node)):
             # a copy that was written to is another tensor than its source
             break
@@ -662,7 +694,9 @@ def _check_writes(site: Site, last: int) -> None:
             late = [w for w in inner.writes(source.node) if min(readers, default=0) < w < end]
             if late:
                 written = next(n for n, at in inner.position.items() if at == late[0])
-                raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
+                if max(readers) > late[0] or not same_scope:
+                    raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
+                site.overwritten[source] = written
 
 
 def _position_within(inner: Scope, outer: Scope) -> int:

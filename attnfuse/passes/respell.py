@@ -1,8 +1,10 @@
-"""Softmax written out, as the one operator that recognition anchors at.
+"""Softmax in the one form that recognition anchors at.
 
-Known forms, E being `exp(x)`, with masked entries set to zero or not: `E / sum(E)`, `E * (1 / sum(E))`, `exp(x - logsumexp(x))`,
-`exp(log_softmax(x))`, and `(E @ v) / sum(E)`, which is normalised after the product.  All are the softmax of x, where masked
-entries are -inf; only the range of x in which they do not overflow differs.
+Softmax written out becomes the operator.  Known forms, E being `exp(x)`, with masked entries set to zero or not: `E / sum(E)`,
+`E * (1 / sum(E))`, `exp(x - logsumexp(x))`, `exp(log_softmax(x))`, and `(E @ v) / sum(E)`, which is normalised after the product.
+All are the softmax of x, where masked entries are -inf; only the range of x in which they do not overflow differs.
+
+Then what softmax does not see is taken away above it: a maximum that was subtracted, and a view that joins rows.
 """
 
 from __future__ import annotations
@@ -17,11 +19,19 @@ from torch import fx
 from attnfuse.passes.contraction import contraction
 from attnfuse.passes.graph import Storage, aten, bound, erase, fake, is_tensor, packet, shape
 from attnfuse.passes.index import same
-from attnfuse.passes.peel import without_maximum
 
 
 def respell(graph: fx.Graph) -> int:
     """Rewrites every softmax that is written out; returns how many there were."""
+    count = _written_out(graph)
+    storage = Storage(graph)
+    for node in list(graph.nodes):
+        if packet(node) in ("softmax", "_softmax"):
+            count += _unshifted(node, storage) + _split_into_rows(node)
+    return count
+
+
+def _written_out(graph: fx.Graph) -> int:
     storage = Storage(graph)
     count = 0
     for node in list(graph.nodes):
@@ -45,6 +55,8 @@ class _Exponentials:
     x: fx.Node
     masked: fx.Node | None = None
     allowed: fx.Node | None = None
+    triangle: fx.Node | None = None
+    """The `tril` or `triu` that masks."""
 
 
 @dataclass(frozen=True)
@@ -69,11 +81,20 @@ class _Softmax:
             node.meta = {**old.meta, "val": like.meta["val"]}
             return node
 
-        masked = self.of.masked
-        if self.of.allowed is not None:
-            masked = emit(aten.logical_not.default, self.of.allowed, like=self.of.allowed)
+        masked, allowed = self.of.masked, self.of.allowed
+        if self.of.triangle is not None:
+            cells = list(fake(self.of.triangle).shape[-2:])
+            with fake(source).fake_mode:  # type: ignore[attr-defined]
+                ones = torch.ones(cells, dtype=torch.bool, device=fake(source).device)
+            allowed = graph.call_function(aten.ones.default, (cells,), {"dtype": torch.bool, "device": ones.device})
+            allowed.meta = {**old.meta, "val": ones}
+            target = self.of.triangle.target
+            assert isinstance(target, torch._ops.OpOverload)
+            allowed = emit(target, allowed, *self.of.triangle.args[1:], like=allowed)
+        if allowed is not None:
+            masked = emit(aten.logical_not.default, allowed, like=allowed)
         if masked is not None:
-            bare = without_maximum(source, self.dim)
+            bare = _without_maximum(source, self.dim)
             source = emit(aten.masked_fill.Scalar, bare or source, masked, float("-inf"), like=source)
         weights = emit(aten._softmax.default, source, self.dim, False, like=weights_like)
         if self.value is None:
@@ -83,27 +104,151 @@ class _Softmax:
         return emit(target, weights, *self.value.args[1:], like=self.value)
 
 
+def _unshifted(softmax: fx.Node, storage: Storage) -> int:
+    """Takes off nothing where the scores' own maximum was taken off, in between being only steps that scale or add."""
+    args = bound(softmax)
+    node, below = args["self"], softmax
+    dim = args["dim"] % len(shape(node))
+    count = 0
+    while isinstance(node, fx.Node) and is_tensor(node) and not storage.writes(node):
+        source = _without_maximum(node, dim)
+        if source is not None:
+            below.replace_input_with(node, source)
+            erase(softmax.graph, [node])
+            count += 1
+            node = source
+            continue
+        step = _LINEAR.get(packet(node))
+        if step is None or len(node.users) != 1 or not step(node):
+            break
+        below, node = node, node.args[0]
+    return count
+
+
+def _is_constant(arg: object) -> bool:
+    return isinstance(arg, int | float) or (is_tensor(arg) and fake(arg).dim() == 0)  # type: ignore[arg-type]
+
+
+def _widens(node: fx.Node) -> bool:
+    source = node.args[0]
+    assert isinstance(source, fx.Node)
+    return torch.promote_types(fake(source).dtype, fake(node).dtype) == fake(node).dtype
+
+
+def _keeps_shape(node: fx.Node) -> bool:
+    source = node.args[0]
+    return (
+        isinstance(source, fx.Node)
+        and is_tensor(source)
+        and list(map(str, shape(source))) == list(map(str, shape(node)))
+    )
+
+
+_LINEAR: Final[dict[str, Callable[[fx.Node], bool]]] = {
+    "mul": lambda node: _keeps_shape(node) and _is_constant(node.args[1]),
+    "div": lambda node: _keeps_shape(node) and _is_constant(node.args[1]) and "rounding_mode" not in node.kwargs,
+    "add": _keeps_shape,
+    "to": _widens,
+    "_to_copy": _widens,
+    "contiguous": _widens,
+    "clone": _widens,
+}
+"""Steps after which the softmax of `x` is that of `x - c`, c being the same for all keys of a row."""
+
+
+def _split_into_rows(softmax: fx.Node) -> int:
+    """A softmax of a matrix whose rows are several dimensions becomes one of these dimensions, and the view stands behind it."""
+    args = bound(softmax)
+    view = args["self"]
+    if (
+        packet(view) not in ("view", "reshape", "_unsafe_view", "flatten")
+        or len(shape(view)) != 2
+        or args["dim"] not in (1, -1)
+    ):
+        return 0
+    source = view.args[0]
+    if len(shape(source)) < 3 or not same(shape(source)[-1], shape(view)[-1]):
+        return 0
+    graph = softmax.graph
+    with graph.inserting_before(softmax):
+        new = graph.call_function(softmax.target, (source, -1, *softmax.args[2:]), softmax.kwargs)  # type: ignore[arg-type]
+        new.meta = {**softmax.meta, "val": fake(source).to(fake(softmax).dtype)}
+        rows = graph.call_function(aten.reshape.default, (new, list(fake(view).shape)))
+        rows.meta = dict(softmax.meta)
+    softmax.replace_all_uses_with(rows)
+    erase(graph, [softmax])
+    return 1
+
+
+def _without_maximum(node: fx.Node, dim: int) -> fx.Node | None:
+    """`x` where the node is `x - max(x)`, the maximum being taken over `dim` at least, or `x - logsumexp(x)`.
+
+    Softmax is the same for both, and what is taken off gets a gradient of zero.
+    """
+    if packet(node) != "sub":
+        return None
+    args = bound(node)
+    source, shift = args["self"], args["other"]
+    if args.get("alpha", 1) != 1 or not (is_tensor(source) and is_tensor(shift)):
+        return None
+    while packet(shift) in ("detach", "expand", "alias"):
+        shift = shift.args[0]
+    restored = None
+    if packet(shift) == "unsqueeze":
+        restored = bound(shift)["dim"] % len(shape(shift))
+        shift = shift.args[0]
+    if getattr(shift.target, "__name__", "") == "getitem" and shift.args[1] == 0 and packet(shift.args[0]) == "max":
+        shift = shift.args[0]
+    elif packet(shift) not in ("amax", "max", "logsumexp"):
+        return None
+    args = bound(shift)
+    if args["self"] is not source:
+        return None
+    if "dim" not in args:
+        return source if len(args) == 1 and restored is None else None
+    dims = args["dim"] if isinstance(args["dim"], list | tuple) else [args["dim"]]
+    rank = len(shape(source))
+    over = {d % rank for d in dims} or set(range(rank))
+    if restored is not None:
+        return source if over == {dim} == {restored} and not args["keepdim"] else None
+    return source if dim in over and args["keepdim"] else None
+
+
+_POSITIVE: Final = ("exp", "softmax", "_softmax")
+"""What is normalised; a softmax is so already, but for what a mask took from it."""
+
+
 def _exponentials(node: object) -> tuple[_Exponentials, tuple[fx.Node, ...]] | None:
     """`node` as exponentials, and the nodes that were looked through."""
     if not isinstance(node, fx.Node) or not is_tensor(node):
         return None
     name, args = packet(node), node.args
-    if name == "exp":
+    if name in _POSITIVE:
         x = args[0]
         return (_Exponentials(x), (node, x)) if isinstance(x, fx.Node) else None
     masked = allowed = None
+    if name in ("tril", "triu"):
+        inner, static = args[0], all(isinstance(size, int) for size in shape(node)[-2:])
+        if not isinstance(inner, fx.Node) or packet(inner) not in _POSITIVE or not static:
+            return None
+        x = inner.args[0]
+        return (_Exponentials(x, triangle=node), (node, inner, x)) if isinstance(x, fx.Node) else None
     if name == "masked_fill" and _is_zero(args[2]):
         inner, masked = args[0], args[1]
     elif name == "where" and _is_zero(args[2]):
         inner, allowed = args[1], args[0]
     elif name == "mul":
         pairs = [(args[0], args[1]), (args[1], args[0])]
-        inner, allowed = next(((a, _truth(b)) for a, b in pairs if packet(a) == "exp"), (None, None))  # type: ignore[arg-type]
+        inner, allowed = next(((a, _truth(b)) for a, b in pairs if packet(a) in _POSITIVE), (None, None))  # type: ignore[arg-type]
         if allowed is None:
             return None
     else:
         return None
-    if not isinstance(inner, fx.Node) or packet(inner) != "exp" or not all(map(same, shape(inner), shape(node))):
+    if (
+        not isinstance(inner, fx.Node)
+        or packet(inner) not in _POSITIVE
+        or not all(map(same, shape(inner), shape(node)))
+    ):
         return None
     x = inner.args[0]
     condition = masked if masked is not None else allowed
@@ -129,7 +274,7 @@ def _truth(arg: object) -> fx.Node | None:
 
 def _reduced(node: object, name: str) -> tuple[fx.Node, int] | None:
     """What a reduction over one dimension, which is kept, reduces, and the dimension."""
-    while isinstance(node, fx.Node) and packet(node) in ("expand", "expand_as", "detach"):
+    while isinstance(node, fx.Node) and packet(node) in ("expand", "detach"):
         node = node.args[0] if packet(node) != "detach" else None
     if not isinstance(node, fx.Node) or not is_tensor(node):
         return None
@@ -174,6 +319,10 @@ def _normalised(over: fx.Node, numerator: object, denominator: object) -> _Softm
     if found is None:
         return None
     of, nodes = found
+    for passed in nodes:
+        # a softmax over another dimension is not the exponential but for a factor
+        if packet(passed) in ("softmax", "_softmax") and bound(passed)["dim"] % len(shape(passed)) != dim:
+            return None
     if _alike(numerator, source):
         return _Softmax(of, dim, (source, *nodes))
     # normalised after the product with the values

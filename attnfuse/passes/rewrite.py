@@ -120,7 +120,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
     written = bool(site.scope.storage.writes(site.out))
     free = None if written else _is_made_contiguous(site.out)
     if isinstance(form, Inline):
-        leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
+        leaves = [_leaf(emit, source, site) for source in what.leaves]
         out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=site.rounded)
         placed = _like_original(emit, out, site, order, free)
     elif form is not None:
@@ -138,7 +138,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
         )
         placed = _like_original(emit, out, site, order, free)
     else:
-        leaves = [_leaf(emit, source, site.scope) for source in what.leaves]
+        leaves = [_leaf(emit, source, site) for source in what.leaves]
         sizes = [_number(expr, scope, node, site.scope) for expr, scope, node in what.sizes]
         seed = None
         if site.dropout:
@@ -409,9 +409,12 @@ def _same_strides_as_contiguous(node: fx.Node) -> bool:
     return True
 
 
-def _leaf(emit: Emitter, source: LeafSource, scope: Scope) -> fx.Node:
+def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
     """The leaf's tensor in this scope, its dimensions of size 1 dropped."""
+    scope = site.scope
     node = source.scope.current(source.node)
+    if source in site.overwritten:
+        node = _copied_before(emit, node, site.overwritten[source])
     if source.scope is not scope:
         node = scope.imported(source.scope, node)
     kept = set(source.dims)
@@ -419,6 +422,19 @@ def _leaf(emit: Emitter, source: LeafSource, scope: Scope) -> fx.Node:
         if dim not in kept:
             node = emit(aten.squeeze.dim, node, dim)
     return node
+
+
+def _copied_before(emit: Emitter, node: fx.Node, write: fx.Node) -> fx.Node:
+    """A copy of what the node holds before a write, one for all that read it there."""
+    before = write.prev
+    while before.meta.get("attnfuse_copy") is not None:
+        if before.meta["attnfuse_copy"] is node:
+            return before
+        before = before.prev
+    with emit.graph.inserting_before(write):
+        copy = emit(aten.clone.default, node)
+    copy.meta["attnfuse_copy"] = node
+    return copy
 
 
 def _number(expr: Any, scope: Scope, node: fx.Node, here: Scope) -> fx.Node:

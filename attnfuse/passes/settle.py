@@ -1,4 +1,5 @@
-"""In-place arithmetic on a fresh tensor that nothing else aliases, written out of place: `scores += mask` reads as a sum.
+"""The graph without what hides its meaning: what nobody reads, operators that only ask a tensor for its type, and in-place
+arithmetic on a fresh tensor that nothing else aliases (`scores += mask` reads as a sum).
 
 That changes no value and no gradient.  Any other write stays as it is, and the passes keep clear of what it touches.
 """
@@ -18,6 +19,8 @@ _SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "tri
 
 def settle(graph: fx.Graph) -> int:
     """Rewrites what can be rewritten, in graph order; returns how many writes that were."""
+    _drop_unread(graph)
+    _name_likes(graph)
     storage = Storage(graph)
     replaced = 0
     for node in list(graph.nodes):
@@ -28,15 +31,19 @@ def settle(graph: fx.Graph) -> int:
         assert isinstance(source, fx.Node)
         root = storage.root(source)
         family = storage.members[root]
-        if root.op != "call_function" or any(m is not root and _functional(m) is None for m in family):
+        # a view that was taken before a write shows it; one taken after all of them is a view of the result
+        last = max(storage.writes(root), default=-1)
+        early = (m for m in family if m is not root and storage.position[m] < last)
+        if root.op != "call_function" or any(_functional(m) is None for m in early):
             continue
-        late = [u for m in family for u in m.users if u is not node and storage.position[u] > storage.position[node]]
+        same = [m for m in family if m is root or _functional(m) is not None]
+        late = [u for m in same for u in m.users if u is not node and storage.position[u] > storage.position[node]]
         with graph.inserting_before(node):
             new = graph.call_function(functional, node.args, node.kwargs)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         for user in late:
-            for member in family:
+            for member in same:
                 user.replace_input_with(member, new)
         graph.erase_node(node)
         storage.renew(node, new)
@@ -72,3 +79,84 @@ def _keeps_type(node: fx.Node, source: fx.Node) -> bool:
         elif isinstance(arg, int | float) and torch.result_type(own, arg) != own.dtype:
             return False
     return True
+
+
+def _drop_unread(graph: fx.Graph) -> None:
+    """Takes out tensors that nothing reads, with the writes to them: statistics of the weights that were not asked for."""
+    storage = Storage(graph)
+    live: set[fx.Node] = set()
+    todo = [n for n in graph.nodes if not _may_be_dropped(n, storage)]
+    while todo:
+        node = todo.pop()
+        if node in live:
+            continue
+        live.add(node)
+        todo.extend(node.all_input_nodes)
+        if is_tensor(node):
+            # what is written to a storage that is read counts as read
+            todo.extend(_written_by(storage, node))
+    for node in reversed(list(graph.nodes)):
+        if node not in live:
+            graph.erase_node(node)
+
+
+def _written_by(storage: Storage, node: fx.Node) -> list[fx.Node]:
+    places = set(storage.writes(node))
+    return [n for n, at in storage.position.items() if at in places] if places else []
+
+
+def _may_be_dropped(node: fx.Node, storage: Storage) -> bool:
+    """Whether a node has no effect but on storage that is made in this graph, and draws no random numbers."""
+    if node.op != "call_function":
+        return False
+    if getattr(node.target, "__name__", "") == "getitem":
+        return True
+    target = node.target
+    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+        return False
+    values = node.meta.get("val")
+    values = values if isinstance(values, tuple | list) else (values,)
+    if not values or not all(isinstance(x, torch.Tensor) for x in values) or packet(node).startswith(_CHECKS):
+        return False
+    if torch.Tag.nondeterministic_seeded in target.tags:
+        return False
+    written = [
+        node.args[i]
+        for i, arg in enumerate(target._schema.arguments)
+        if arg.alias_info is not None and arg.alias_info.is_write and i < len(node.args)
+    ]
+    if not target._schema.is_mutable:
+        return True
+    return bool(written) and all(isinstance(x, fx.Node) and storage.root(x).op == "call_function" for x in written)
+
+
+_CHECKS: Final = ("_assert", "sym_constrain", "item", "_local_scalar_dense")
+
+
+def _name_likes(graph: fx.Graph) -> None:
+    """`x.type_as(y)` and `x.view_as(y)` read no element of y: they become operators that name the type or the sizes."""
+    for node in list(graph.nodes):
+        if node.op != "call_function" or node.target not in _LIKES:
+            continue
+        source, like = node.args
+        if node.target is aten.type_as.default:
+            arg: Any = fake(like).dtype
+            known = fake(source).device == fake(like).device
+        else:
+            arg = list(fake(like).shape)
+            known = all(isinstance(size, int) for size in arg)
+        if not known:
+            continue
+        with graph.inserting_before(node):
+            new = graph.call_function(_LIKES[node.target], (source, arg))
+        new.meta = dict(node.meta)
+        node.replace_all_uses_with(new)
+        graph.erase_node(node)
+
+
+_LIKES: Final[dict[Any, Any]] = {
+    aten.type_as.default: aten.to.dtype,
+    aten.view_as.default: aten.view.default,
+    aten.reshape_as.default: aten.reshape.default,
+    aten.expand_as.default: aten.expand.default,
+}

@@ -142,14 +142,19 @@ def _sliced(name: str, args: dict[str, Any], index: Sequence[Index], sizes: Sequ
     return (*index[:dim], (Digit(moved, size),), *index[dim + 1 :])
 
 
-def through_view(node: fx.Node, index: Sequence[Index]) -> tuple[fx.Node, tuple[Index, ...]] | None:
+def through_view(node: fx.Node, index: Sequence[Index], *, no_grad: bool) -> tuple[fx.Node, tuple[Index, ...]] | None:
     """One step from a view-like node (views, copies and casts that change nothing) to its source, or None at anything else.
 
     A step that drops elements (a slice) is not taken: what stands behind it is a different operand.
+
+    Args:
+        no_grad: whether what reads it runs under no_grad as well.
     """
     name = packet(node)
     source = node.args[0] if node.args else None
-    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node) or cuts_gradient(node):
+    if not isinstance(source, fx.Node) or not is_tensor(source) or not is_tensor(node):
+        return None
+    if cuts_gradient(node) and not no_grad:
         return None
     if name in ("contiguous", "clone", "alias") or (name in ("to", "_to_copy", "type_as") and _same_kind(source, node)):
         return source, tuple(index)

@@ -1,0 +1,109 @@
+"""Attentions spelled in generated ways: each has to be understood, and right in value, strides and gradient."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+
+import pytest
+import torch
+
+from attnfuse.backend import listening
+from attnfuse.remark import Remark, Report
+from tests.harness import check
+from tests.spelling_axes import AXES, Case, P, all_pairs, pairs_of, pairwise, sample
+
+CHUNKS, CHUNK = 40, 50
+
+
+@dataclass(frozen=True)
+class Known:
+    """Cases with these choices may be missed, with this code."""
+
+    choices: Mapping[str, str]
+    code: str
+    reason: str
+
+
+KNOWN: tuple[Known, ...] = ()
+
+
+def known_of(case: Case) -> Known | None:
+    return next((known for known in KNOWN if known.choices.items() <= case.choices.items()), None)
+
+
+def judge(case: Case) -> None:
+    """Raises AssertionError if a case is wrong, or not understood."""
+    report = trained(case) if case.training else check(case.function(), *case.inputs())
+    assert len(report.remarks) == 1, f"{len(report.remarks)} attentions"
+    (remark,) = report.remarks
+    known = known_of(case)
+    if known is not None:
+        assert remark.code == known.code, f"expected {known.code} ({known.reason}): {described(remark)}"
+        return
+    assert remark.kind in ("fused", "kept", "declined"), described(remark)
+    if case.training:
+        assert remark.kind == "fused", described(remark)
+        assert f"dropout {P}; " in str(remark.facts["spec"]), described(remark)
+
+
+def described(remark: Remark) -> str:
+    return "\n".join([f"{remark.kind} {remark.text}", *(f"{label}: {text}" for label, text in remark.details)])
+
+
+def trained(case: Case) -> Report:
+    """Compiles a case with dropout, whose values no other run has; without dropout it has to be right."""
+    without = replace(case, dropout="dropout-not-training")
+    check(without.function(), *without.inputs())
+    expected = without.function()(*without.inputs())
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(case.function(), backend="attnfuse", options={"downstream": "aot_eager"})
+    inputs = [x.requires_grad_() if x.is_floating_point() else x for x in case.inputs()]
+    with listening(reports.append):
+        out = compiled(*inputs)
+        out.sum().backward()
+    assert out.shape == expected.shape
+    assert out.dtype == expected.dtype
+    assert torch.equal(out.isfinite(), expected.isfinite())
+    if bool(expected.isfinite().all()):
+        assert all(bool(x.grad.isfinite().all()) for x in inputs if x.grad is not None)
+    return Report(()).merge(*reports)
+
+
+@pytest.mark.parametrize("case", pairwise(), ids=lambda case: case.name)
+def test_every_pair_of_choices(case: Case) -> None:
+    try:
+        judge(case)
+    except AssertionError as error:
+        raise AssertionError(f"{error}\n\n{case.source()}") from None
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("chunk", range(CHUNKS))
+def test_many_spellings(chunk: int) -> None:
+    failures = []
+    for case in sample(CHUNKS * CHUNK, seed=0)[chunk * CHUNK : (chunk + 1) * CHUNK]:
+        try:
+            judge(case)
+        except Exception as error:
+            failures.append(f"{case.name}\n{type(error).__name__}: {error}\n\n{case.source()}")
+    assert not failures, f"{len(failures)} of {CHUNK} spellings:\n\n" + "\n\n".join(failures)
+
+
+def test_cases_are_valid_and_repeatable() -> None:
+    cases = [*pairwise(), *sample(200, seed=1)]
+    assert all(case.valid() for case in cases)
+    assert len({case.name for case in cases}) == len(set(cases))
+    assert sample(200, seed=1) == sample(200, seed=1) != sample(200, seed=2)
+
+
+def test_pairs_are_covered() -> None:
+    covered = {pair for case in pairwise() for pair in pairs_of(case.choices)}
+    assert covered == set(all_pairs())
+    assert {choice for pair in covered for choice in pair} == {(a, x) for a, choices in AXES.items() for x in choices}
+
+
+def test_known_misses_are_of_the_axes() -> None:
+    for known in KNOWN:
+        assert all(choice in AXES[axis] for axis, choice in known.choices.items()), known
