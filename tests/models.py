@@ -96,6 +96,8 @@ class _Exactly(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             func = Tensor.double
+        if func is torch.tensor and isinstance(args[0], float):
+            kwargs = {"dtype": torch.float64, **(kwargs or {})}
         swap = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})
 
@@ -120,6 +122,8 @@ def gradient_scales(model: nn.Module) -> Iterator[dict[str, float]]:
             # a norm: out = weight·x̂ + bias
 
             def scaled(module: nn.Module, given: Any, out: Tensor, name: str = name) -> None:
+                if not out.requires_grad or out.shape[-1] != module.weight.shape[0]:
+                    return
                 bias = getattr(module, "bias", None)
                 unit = (out.detach() if bias is None else (out - bias).detach()) / module.weight.detach()
 
@@ -133,6 +137,8 @@ def gradient_scales(model: nn.Module) -> Iterator[dict[str, float]]:
         elif isinstance(module, nn.Linear) or type(module).__name__ == "Conv1D":
 
             def hook(module: nn.Module, given: Any, out: Tensor, name: str = name) -> None:
+                if not out.requires_grad:
+                    return
                 x = given[0].detach().flatten(0, -2).abs()
 
                 def terms(grad: Tensor) -> None:

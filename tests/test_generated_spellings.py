@@ -18,14 +18,28 @@ CHUNKS, CHUNK = 40, 50
 
 @dataclass(frozen=True)
 class Known:
-    """Cases with these choices may be missed, with this code."""
+    """Cases with these choices may be missed, with this code, or without a remark where there is no softmax operator."""
 
     choices: Mapping[str, str]
     code: str
     reason: str
 
 
-KNOWN: tuple[Known, ...] = ()
+KNOWN: tuple[Known, ...] = (
+    Known(
+        {"softmax": "exp-minus-logsumexp", "fill": "min"},
+        "AF024",
+        "finfo.min has no digits for the logarithm of a number of keys: a row without a key has other weights than softmax's",
+    ),
+    *(
+        Known(
+            {"softmax": "normalised-after-product", "matmul": matmul},
+            "",
+            "the product that is divided has its dimensions in another order than the sum",
+        )
+        for matmul in ("keys-by-queries", "einsum-heads-third")
+    ),
+)
 
 
 def known_of(case: Case) -> Known | None:
@@ -35,12 +49,12 @@ def known_of(case: Case) -> Known | None:
 def judge(case: Case) -> None:
     """Raises AssertionError if a case is wrong, or not understood."""
     report = trained(case) if case.training else check(case.function(), *case.inputs())
+    known = known_of(case)
+    if known is not None and not report.fused:
+        assert [remark.code for remark in report.remarks] == ([known.code] if known.code else []), str(report)
+        return
     assert len(report.remarks) == 1, f"{len(report.remarks)} attentions"
     (remark,) = report.remarks
-    known = known_of(case)
-    if known is not None:
-        assert remark.code == known.code, f"expected {known.code} ({known.reason}): {described(remark)}"
-        return
     assert remark.kind in ("fused", "kept", "declined"), described(remark)
     if case.training:
         assert remark.kind == "fused", described(remark)

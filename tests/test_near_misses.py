@@ -571,9 +571,10 @@ def mask_of_the_caller_written_in_between(q: Tensor, k: Tensor, v: Tensor, mask:
 
 @near_miss("AF026", inputs=given(causal()), gradients=False)
 def mask_read_again_after_it_was_written(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    s = torch.where(mask, q @ k.mT, -math.inf)
+    seen = mask[:]
+    s = torch.where(seen, q @ k.mT, -math.inf)
     mask.fill_(True)
-    return torch.where(mask, s, -math.inf).softmax(-1) @ v
+    return torch.where(seen, s, -math.inf).softmax(-1) @ v
 
 
 @near_miss(*["mask: bool[:, :]; s where mask[m, n] else -inf"] * 2, inputs=given(causal()), gradients=False)

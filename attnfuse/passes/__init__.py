@@ -20,12 +20,12 @@ from torch import fx
 from attnfuse.options import Options
 from attnfuse.passes.decide import decide
 from attnfuse.passes.dump import dump
-from attnfuse.passes.graph import module_path, source_line
+from attnfuse.passes.graph import module_path, packet, source_line
 from attnfuse.passes.lift import Scope, graphs, scopes
 from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
-from attnfuse.passes.respell import respell
+from attnfuse.passes.respell import RESPELLED, respell
 from attnfuse.passes.rewrite import insert, prune_operands
 from attnfuse.passes.settle import settle
 from attnfuse.passes.verify import checker
@@ -46,6 +46,8 @@ class Work:
     found: list[tuple[fx.Node, Site | Remark]] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     fused: int = 0
+    leave: frozenset[str] = frozenset()
+    """Softmaxes that are not to be respelled, because they were not fused when they were."""
 
 
 def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
@@ -55,23 +57,51 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
         The rewritten graph, or None where nothing was rewritten (the caller compiles `gm` itself, which is never changed),
         and the report, one remark for each softmax and SDPA call.
     """
-    work = Work(gm, options)
+    try:
+        return _run(gm, options)
+    except NormaliseError as error:
+        if options.strict and error.code == "AF041":
+            raise
+        return None, Report((Remark.of(error.code, why=error.reason),))
+    except Exception as error:
+        if options.strict:
+            raise
+        log.debug("a pass raised", exc_info=True)
+        return None, Report((Remark.of("AF041", error=_described(error), why="a pass raised"),))
+
+
+def _run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
+    work = _through(Work(gm, options))
+    left = _left_respelled(work) if work.fused else frozenset()
+    if left:
+        first, work = work, _through(Work(gm, options, leave=left))
+        # what is written out is not seen in the second run
+        again = iter(work.remarks)
+        pairs = zip(first.found, first.remarks, strict=True)
+        unseen = [(a.meta.get(RESPELLED, a.name) in left - {a.name}, remark) for (a, _), remark in pairs]
+        work.remarks = [remark if written_out else next(again) for written_out, remark in unseen]
+    return (work.graph if work.fused else None), Report(tuple(work.remarks))
+
+
+def _through(work: Work) -> Work:
+    """All passes, one after the other; none where the graph holds nothing that could be an attention and cannot be normalised."""
     for at, step in enumerate(PIPELINE, 1):
         try:
             step(work)
-            dump(options.dump, at, step.__name__, work.graph, gm)
-        except NormaliseError as error:
-            if not _names_a_softmax(gm):
-                return None, Report(())
-            if options.strict and error.code == "AF041":
-                raise
-            return None, Report((Remark.of(error.code, why=error.reason),))
-        except Exception as error:
-            if options.strict:
-                raise
-            log.debug("pass %s raised", step.__name__, exc_info=True)
-            return None, Report((Remark.of("AF041", error=_described(error), why=f"pass {step.__name__} raised"),))
-    return (work.graph if work.fused else None), Report(tuple(work.remarks))
+        except NormaliseError:
+            if not _names_a_softmax(work.original):
+                break
+            raise
+        dump(work.options.dump, at, step.__name__, work.graph, work.original)
+    return work
+
+
+def _left_respelled(work: Work) -> frozenset[str]:
+    """What was respelled and has not been fused."""
+    nodes = (node for scope in work.scopes for node in scope.module.graph.nodes)
+    return frozenset(
+        node.meta[RESPELLED] for node in nodes if RESPELLED in node.meta and packet(node) in ("softmax", "_softmax")
+    )
 
 
 def normalised(work: Work) -> None:
@@ -79,7 +109,7 @@ def normalised(work: Work) -> None:
     work.graph = normalise(work.original)
     for module in graphs(work.graph):
         settle(module.graph)
-        respell(module.graph)
+        respell(module.graph, work.leave)
 
 
 def recognised(work: Work) -> None:

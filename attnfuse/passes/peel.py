@@ -17,6 +17,7 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, regroup, same
+from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
 from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
 
@@ -327,6 +328,63 @@ def emptied(program: Program, down: Descent) -> Program:
             raise Miss("AF023", down.nodes[0], "weights are set to zero that the mask of the scores leaves")
         program = Program(program.body, tuple(Tier(tier.allowed, "0row") for tier in program.tiers), program.sink)
     return program
+
+
+# Scores below this have no exponential; what people add as a mask is far below.
+_NO_EXPONENTIAL: Final = 80.0
+# The logarithm of a number of keys is lost beside this, even in float64.
+_NO_DIGITS: Final = 1e12
+
+
+def check_respelled(softmax: fx.Node, program: Program, learned: Callable[[str], bool]) -> None:
+    """Raises Miss AF024 where what stood in the softmax's place may have been something else in rows without an allowed key.
+
+    Args:
+        learned: whether a leaf has a gradient, so that it is no mask.
+    """
+    caution = softmax.meta.get(CAUTION)
+    minima = [tier for tier in program.tiers if tier.fill in ("+min", "=min")]
+    causal = all(tier.allowed == call("le", Var("n"), Var("m")) for tier in minima)
+    if caution in ("unshifted", "logarithm"):
+        data = [x for x in _added_loads(program.body) if "n" in free_vars(x) and not learned(x.leaf)]
+        limit = _NO_EXPONENTIAL if caution == "unshifted" else _NO_DIGITS
+        large = [e for e in walk(program.body) if isinstance(e, Const) and abs(e.value) > limit]
+        if not causal or data or large:
+            raise Miss("AF024", softmax, "exponentials without a maximum taken off, of scores that may all be masked")
+    elif caution == "scaled":
+        least = _least(program.body)
+        if (len(minima) > 1 and not causal) or least is None or least < torch.finfo(torch.float32).min:
+            raise Miss("AF024", softmax, "a maximum is taken off scores that would overflow without that")
+
+
+def _least(expr: Expr) -> float | None:
+    """The least that constants add up to where scores and data are zero; None if that is not known."""
+    found = _extremes(expr)
+    return None if found is None else found[0]
+
+
+def _extremes(expr: Expr) -> tuple[float, float] | None:
+    if isinstance(expr, Const):
+        return float(expr.value), float(expr.value)
+    if isinstance(expr, Load | Var):
+        return 0.0, 0.0
+    parts = [_extremes(arg) for arg in (expr.args[1:] if expr.op == "where" else expr.args)]
+    if expr.op == "where":
+        known = [x for x in parts if x is not None]
+        return (min(x[0] for x in known), max(x[1] for x in known)) if len(known) == len(parts) else None
+    if expr.op == "float":
+        return parts[0]
+    if len(parts) != 2 or parts[0] is None or parts[1] is None:
+        return None
+    (a, b), (c, d) = parts[0], parts[1]
+    if expr.op == "add":
+        return a + c, b + d
+    if expr.op == "sub":
+        return a - d, b - c
+    if expr.op in ("mul", "div") and c == d and (c or expr.op == "mul"):
+        scaled = (a * c, b * c) if expr.op == "mul" else (a / c, b / c)
+        return min(scaled), max(scaled)
+    return None
 
 
 def _below_slice(at: Descent, user: fx.Node) -> None:

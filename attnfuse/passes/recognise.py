@@ -23,6 +23,7 @@ from attnfuse.passes.peel import (
     Descent,
     Miss,
     Valued,
+    check_respelled,
     descend,
     emptied,
     program_of,
@@ -306,6 +307,8 @@ def _with_queries(
         program = replace(program, sink=_sink(scope, beside, axes))
     down, matmul = descend(softmax, axes.index, beside, scope.lifter.lift)
     program = emptied(program, down)
+    leaves = scope.table.leaves
+    check_respelled(softmax, program, lambda name: leaves[name].scope.may_require_grad(leaves[name].node))
     value = valued(down, matmul, axes.keys[0] if axes.keys else None)
     q, k, depth = _query_and_key(claim)
     v = Operand(value.value, value.value_index, (value.found.node,))

@@ -5,11 +5,15 @@ Softmax written out becomes the operator.  Known forms, E being `exp(x)`, with m
 All are the softmax of x, where masked entries are -inf; only the range of x in which they do not overflow differs.
 
 Then what softmax does not see is taken away above it: a maximum that was subtracted, and a view that joins rows.
+
+In a row of which all exponentials are zero, or all scores as large as masks are, these are not the same: `CAUTION` tells
+recognition where it has to prove that there is no such row.  A softmax that is not fused in the end is not respelled: `RESPELLED`
+tells which ones were.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Container
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,27 +21,45 @@ import torch
 from torch import fx
 
 from attnfuse.passes.contraction import contraction
-from attnfuse.passes.graph import Storage, aten, bound, erase, fake, is_tensor, packet, shape
+from attnfuse.passes.graph import Storage, aten, bound, erase, fake, is_tensor, mark_no_grad, packet, shape
 from attnfuse.passes.index import same
+from attnfuse.passes.views import cuts_gradient
+
+RESPELLED: Final = "attnfuse_respelled"
+"""In a node's meta: the name, in the normalised graph, of what was respelled."""
+CAUTION: Final = "attnfuse_caution"
+"""In a softmax's meta: what it stands for is no softmax in every row.
+
+`unshifted`: exponentials, which are all zero where all scores of a row are as large as masks are; `logarithm`: a log-sum-exp was
+taken off, which has no digits left beside the least number; `scaled`: a maximum was taken off before further steps, in which scores
+of a mask may overflow without that."""
 
 
-def respell(graph: fx.Graph) -> int:
-    """Rewrites every softmax that is written out; returns how many there were."""
-    count = _written_out(graph)
+def respell(graph: fx.Graph, leave: Container[str] = ()) -> int:
+    """Rewrites every softmax that is written out, but for those named in `leave`; returns how many there were."""
+    mark_no_grad(graph)
+    count = _written_out(graph, leave)
     storage = Storage(graph)
     for node in list(graph.nodes):
-        if packet(node) in ("softmax", "_softmax"):
-            count += _unshifted(node, storage) + _split_into_rows(node)
+        if packet(node) in ("softmax", "_softmax") and node.name not in leave:
+            changed = _unshifted(node, storage) + _split_into_rows(node)
+            if changed and RESPELLED not in node.meta:
+                node.meta[RESPELLED] = node.name
+            count += changed
     return count
 
 
-def _written_out(graph: fx.Graph) -> int:
+def _written_out(graph: fx.Graph, leave: Container[str]) -> int:
     storage = Storage(graph)
     count = 0
     for node in list(graph.nodes):
+        if node.name in leave:
+            continue
         form = _FORMS.get(packet(node))
         found = form(node) if form is not None and is_tensor(node) else None
         if found is None or any(storage.writes(x) for x in (node, *found.nodes)):
+            continue
+        if any(cuts_gradient(x) != cuts_gradient(node) for x in found.made):
             continue
         with graph.inserting_before(node):
             new = found.write(graph, node)
@@ -61,24 +83,29 @@ class _Exponentials:
 
 @dataclass(frozen=True)
 class _Softmax:
-    """A softmax over `dim`; `value` is the product that is normalised after it was taken."""
+    """A softmax over `dim`."""
 
     of: _Exponentials
     dim: int
     nodes: tuple[fx.Node, ...]
-    value: fx.Node | None = None
+    made: tuple[fx.Node, ...]
+    """What the softmax takes the place of: all of it under no_grad, or none."""
+    after: tuple[fx.Node, ...] = ()
+    """From what reads the exponentials to the product with the values, where that is normalised after it was taken."""
+    caution: str = "unshifted"
 
     def write(self, graph: fx.Graph, old: fx.Node) -> fx.Node | None:
         """The nodes that stand for `old`, or None if types forbid it."""
         source = self.of.x
-        weights_like = old if self.value is None else self.value.args[0]
-        assert isinstance(weights_like, fx.Node)
-        if fake(source).dtype != fake(weights_like).dtype or fake(old).dtype != fake(weights_like).dtype:
+        weights_like = self.made[0] if self.after else old
+        if fake(old).dtype != fake(weights_like).dtype:
+            return None
+        if fake(source).dtype != fake(weights_like).dtype and self.caution == "unshifted":
             return None
 
         def emit(target: torch._ops.OpOverload, *args: Any, like: fx.Node) -> fx.Node:
             node = graph.call_function(target, args)
-            node.meta = {**old.meta, "val": like.meta["val"]}
+            node.meta = {**old.meta, "val": like.meta["val"], RESPELLED: old.name}
             return node
 
         masked, allowed = self.of.masked, self.of.allowed
@@ -96,12 +123,19 @@ class _Softmax:
         if masked is not None:
             bare = _without_maximum(source, self.dim)
             source = emit(aten.masked_fill.Scalar, bare or source, masked, float("-inf"), like=source)
+        shifted = _without_maximum(self.of.x, self.dim) is not None
+        if fake(source).dtype != fake(weights_like).dtype:
+            source = emit(aten.to.dtype, source, fake(weights_like).dtype, like=weights_like)
         weights = emit(aten._softmax.default, source, self.dim, False, like=weights_like)
-        if self.value is None:
-            return weights
-        target = self.value.target
-        assert isinstance(target, torch._ops.OpOverload)
-        return emit(target, weights, *self.value.args[1:], like=self.value)
+        if not shifted and self.caution:
+            weights.meta[CAUTION] = self.caution
+        before, now = self.made[0], weights
+        for node in self.after:
+            new = graph.node_copy(node, lambda x: x)
+            new.meta = {**node.meta}
+            new.replace_input_with(before, now)
+            before, now = node, new
+        return now
 
 
 def _unshifted(softmax: fx.Node, storage: Storage) -> int:
@@ -109,7 +143,7 @@ def _unshifted(softmax: fx.Node, storage: Storage) -> int:
     args = bound(softmax)
     node, below = args["self"], softmax
     dim = args["dim"] % len(shape(node))
-    count = 0
+    count = steps = 0
     while isinstance(node, fx.Node) and is_tensor(node) and not storage.writes(node):
         source = _without_maximum(node, dim)
         if source is not None:
@@ -117,11 +151,14 @@ def _unshifted(softmax: fx.Node, storage: Storage) -> int:
             erase(softmax.graph, [node])
             count += 1
             node = source
+            if steps:
+                softmax.meta.setdefault(CAUTION, "scaled")
             continue
         step = _LINEAR.get(packet(node))
         if step is None or len(node.users) != 1 or not step(node):
             break
         below, node = node, node.args[0]
+        steps += packet(below) in ("mul", "div", "add")
     return count
 
 
@@ -173,6 +210,7 @@ def _split_into_rows(softmax: fx.Node) -> int:
     with graph.inserting_before(softmax):
         new = graph.call_function(softmax.target, (source, -1, *softmax.args[2:]), softmax.kwargs)  # type: ignore[arg-type]
         new.meta = {**softmax.meta, "val": fake(source).to(fake(softmax).dtype)}
+        new.meta.setdefault(RESPELLED, softmax.name)
         rows = graph.call_function(aten.reshape.default, (new, list(fake(view).shape)))
         rows.meta = dict(softmax.meta)
     softmax.replace_all_uses_with(rows)
@@ -285,13 +323,22 @@ def _reduced(node: object, name: str) -> tuple[fx.Node, int] | None:
     if not isinstance(node, fx.Node) or packet(node) != name:
         return None
     args = bound(node)
-    source, dims = args["self"], args["dim"]
+    source, dims = args["self"], args.get("dim")
     dims = dims if isinstance(dims, list | tuple) else [dims]
     if not is_tensor(source) or len(dims) != 1 or None in dims or args.get("dtype") not in (None, fake(source).dtype):
         return None
     dim = dims[0] % len(shape(source))
     kept = bool(args["keepdim"])
     return (source, dim) if kept != (restored is not None) and restored in (None, dim) else None
+
+
+def _path(node: object, source: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes between a reduction's result, as it is broadcast, and what it reduces."""
+    passed = []
+    while isinstance(node, fx.Node) and node is not source and node.args:
+        passed.append(node)
+        node = node.args[0]
+    return tuple(passed)
 
 
 def _alike(a: object, b: object) -> bool:
@@ -323,15 +370,56 @@ def _normalised(over: fx.Node, numerator: object, denominator: object) -> _Softm
         # a softmax over another dimension is not the exponential but for a factor
         if packet(passed) in ("softmax", "_softmax") and bound(passed)["dim"] % len(shape(passed)) != dim:
             return None
+    made = (source, *_path(denominator, source), *(x for x in (numerator,) if isinstance(x, fx.Node)))
+    made += tuple(
+        x for x in nodes if x is not of.x and packet(x) in (*_POSITIVE, "masked_fill", "where", "mul", "tril", "triu")
+    )
     if _alike(numerator, source):
-        return _Softmax(of, dim, (source, *nodes))
-    # normalised after the product with the values
-    if isinstance(numerator, fx.Node) and packet(numerator) in ("matmul", "bmm"):
-        product = contraction(numerator)
-        last = len(shape(source)) - 1
-        if product is not None and _alike(product.lhs, source) and dim == last and len(shape(over)) == last + 1:
-            return _Softmax(of, dim, (source, numerator, *nodes), numerator)
+        return _Softmax(of, dim, (source, *nodes), made)
+    after = _to_the_product(numerator, source) if dim == len(shape(source)) - 1 else ()
+    if after and [*map(str, shape(over)[:-1])] == [*map(str, shape(source)[:-1])]:
+        return _Softmax(of, dim, (source, *after, *nodes), (*made, *after), after)
     return None
+
+
+def _to_the_product(numerator: object, source: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes from the exponentials through dropout, casts and views, which keep the order of rows, and one product with the
+    values, to what is divided by the sum; none if there is anything else."""
+    found = _steps(numerator, source, products=1)
+    return found if found is not None else ()
+
+
+def _steps(node: object, source: fx.Node, products: int) -> tuple[fx.Node, ...] | None:
+    if node is source:
+        return () if not products else None
+    if not isinstance(node, fx.Node) or not is_tensor(node):
+        return None
+    product = contraction(node)
+    if product is None:
+        above = _steps(node.args[0], source, products) if packet(node) in _ROWS_IN_ORDER else None
+        return None if above is None else (*above, node)
+    if not products or (product.added is not None and product.beta != 0):
+        return None
+    for side, labels in product.sides():
+        rows_stay = labels[:-1] == product.out_labels[:-1] and labels[-1] == product.summed
+        above = _steps(side, source, products - 1) if rows_stay and same(shape(side)[-1], shape(source)[-1]) else None
+        if above is not None:
+            return (*above, node)
+    return None
+
+
+_ROWS_IN_ORDER: Final = (
+    "view",
+    "reshape",
+    "_unsafe_view",
+    "flatten",
+    "unflatten",
+    "dropout",
+    "to",
+    "_to_copy",
+    "contiguous",
+    "clone",
+)
 
 
 def _quotient(node: fx.Node) -> _Softmax | None:
@@ -342,6 +430,9 @@ def _quotient(node: fx.Node) -> _Softmax | None:
 def _times_reciprocal(node: fx.Node) -> _Softmax | None:
     args = bound(node)
     for a, b in ((args["self"], args["other"]), (args["other"], args["self"])):
+        if isinstance(b, fx.Node) and packet(b) == "mul" and b.args[1] == 1:
+            # 1 / x
+            b = b.args[0]
         inverse = b.args[0] if isinstance(b, fx.Node) and packet(b) == "reciprocal" else None
         if isinstance(b, fx.Node) and packet(b) == "pow" and b.args[1] in (-1, -1.0):
             inverse = b.args[0]
@@ -358,11 +449,12 @@ def _of_logarithm(node: fx.Node) -> _Softmax | None:
     args = bound(inner) if packet(inner) in ("log_softmax", "_log_softmax", "sub") else {}
     if packet(inner) in ("log_softmax", "_log_softmax"):
         source = args["self"]
-        return _Softmax(_Exponentials(source), args["dim"] % len(shape(source)), (inner, source))
+        return _Softmax(_Exponentials(source), args["dim"] % len(shape(source)), (inner, source), (inner,), caution="")
     if packet(inner) == "sub" and args.get("alpha", 1) == 1 and is_tensor(args["self"]):
         reduced = _reduced(args["other"], "logsumexp")
         if reduced is not None and _alike(reduced[0], args["self"]):
-            return _Softmax(_Exponentials(args["self"]), reduced[1], (inner, args["self"]))
+            made = (inner, *_path(args["other"], reduced[0]))
+            return _Softmax(_Exponentials(args["self"]), reduced[1], (inner, args["self"]), made, caution="logarithm")
     return None
 
 

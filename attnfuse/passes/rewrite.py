@@ -24,7 +24,7 @@ from attnfuse.passes.lift import LeafSource, Scope
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
-from attnfuse.passes.views import PERMUTATIONS, permutation
+from attnfuse.passes.views import PERMUTATIONS, cuts_gradient, permutation
 from attnfuse.spec import AttentionSpec
 from attnfuse.templates.inline import Inline, written_out
 from attnfuse.templates.library import Call
@@ -173,6 +173,8 @@ def _log_sum_exp(emit: Emitter, lse: fx.Node, site: Site, old: fx.Node) -> fx.No
     placed = _placed(emit, emit(aten.unsqueeze.default, lse, 3), site, site.lse_index)
     if not _same_strides(placed, old):
         raise Miss("AF032", old, f"strides {tuple(fake(old).stride())}")
+    if cuts_gradient(old) and not cuts_gradient(site.out):
+        placed = emit(aten.detach.default, placed)
     # the backward reads it: what the model writes to is a copy
     return emit(aten.clone.default, placed) if site.scope.storage.writes(old) else placed
 

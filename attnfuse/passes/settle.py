@@ -33,10 +33,11 @@ def settle(graph: fx.Graph) -> int:
         family = storage.members[root]
         # a view that was taken before a write shows it; one taken after all of them is a view of the result
         last = max(storage.writes(root), default=-1)
-        early = (m for m in family if m is not root and storage.position[m] < last)
+        behind = _views_behind(source, root)
+        early = (m for m in family if m is not root and m not in behind and storage.position[m] < last)
         if root.op != "call_function" or any(_functional(m) is None for m in early):
             continue
-        same = [m for m in family if m is root or _functional(m) is not None]
+        same = [m for m in family if m is source or (m is root and not behind) or _functional(m) is not None]
         late = [u for m in same for u in m.users if u is not node and storage.position[u] > storage.position[node]]
         with graph.inserting_before(node):
             new = graph.call_function(functional, node.args, node.kwargs)
@@ -49,6 +50,18 @@ def settle(graph: fx.Graph) -> int:
         storage.renew(node, new)
         replaced += 1
     return replaced
+
+
+def _views_behind(source: fx.Node, root: fx.Node) -> list[fx.Node]:
+    """The views from the tensor that is written back to the one that owns the storage, if nobody else reads what they are of."""
+    behind, at = [], source
+    while at is not root and _functional(at) is None:
+        above = at.args[0]
+        if not isinstance(above, fx.Node) or set(above.users) != {at}:
+            return []
+        behind.append(at)
+        at = above
+    return behind if at is root else []
 
 
 def _functional(node: fx.Node) -> Any | None:
