@@ -96,7 +96,7 @@ class _Exactly(TorchFunctionMode):
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if func is Tensor.float:
             func = Tensor.double
-        if func is torch.tensor and isinstance(args[0], float):
+        if func in (torch.tensor, torch.full) and isinstance(args[-1], float):
             kwargs = {"dtype": torch.float64, **(kwargs or {})}
         swap = lambda x: torch.float64 if x is torch.float32 else x  # noqa: E731
         return func(*map(swap, args), **{k: swap(v) for k, v in (kwargs or {}).items()})

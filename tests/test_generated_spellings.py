@@ -31,6 +31,11 @@ KNOWN: tuple[Known, ...] = (
         "AF024",
         "finfo.min has no digits for the logarithm of a number of keys: a row without a key has other weights than softmax's",
     ),
+    Known(
+        {"softmax": "exp-minus-logsumexp", "application": "add-one-minus-mask"},
+        "AF024",
+        "a mask that is computed in bfloat16 is data that may hold finfo.min",
+    ),
     *(
         Known(
             {"softmax": "normalised-after-product", "matmul": matmul},

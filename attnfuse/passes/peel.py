@@ -99,21 +99,21 @@ def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
     """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and no data added that may
     hold such values itself (a dense additive mask); data that is the same for all keys of a row masks none."""
     fills = {e.value for e in walk(expr) if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
-    return len(fills) == 1 and not any("n" in free_vars(load) for load in _added_loads(body))
+    return len(fills) == 1 and not any("n" in free_vars(load) for load in added_loads(body))
 
 
 # Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.
 _ABSORBED: Final = 2.0**100
 
 
-def _added_loads(expr: Expr) -> list[Load]:
+def added_loads(expr: Expr) -> list[Load]:
     """The loads whose values, and not only whose truth, go into an expression."""
     if isinstance(expr, Load):
         return [expr]
     if not isinstance(expr, Call) or expr.op in BOOLEANS:
         return []
     parts = expr.args[1:] if expr.op == "where" else expr.args
-    return [load for part in parts for load in _added_loads(part)]
+    return [load for part in parts for load in added_loads(part)]
 
 
 def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
@@ -346,7 +346,7 @@ def check_respelled(softmax: fx.Node, program: Program, learned: Callable[[str],
     minima = [tier for tier in program.tiers if tier.fill in ("+min", "=min")]
     causal = all(tier.allowed == call("le", Var("n"), Var("m")) for tier in minima)
     if caution in ("unshifted", "logarithm"):
-        data = [x for x in _added_loads(program.body) if "n" in free_vars(x) and not learned(x.leaf)]
+        data = [x for x in added_loads(program.body) if "n" in free_vars(x) and not learned(x.leaf)]
         limit = _NO_EXPONENTIAL if caution == "unshifted" else _NO_DIGITS
         large = [e for e in walk(program.body) if isinstance(e, Const) and abs(e.value) > limit]
         if not causal or data or large:

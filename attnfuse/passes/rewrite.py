@@ -21,7 +21,7 @@ from attnfuse import ops
 from attnfuse.passes.graph import aten, erase, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope
-from attnfuse.passes.peel import Miss
+from attnfuse.passes.peel import Miss, added_loads
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.passes.views import PERMUTATIONS, cuts_gradient, permutation
@@ -120,7 +120,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
     written = bool(site.scope.storage.writes(site.out))
     free = None if written else _is_made_contiguous(site.out)
     if isinstance(form, Inline):
-        leaves = [_leaf(emit, source, site) for source in what.leaves]
+        leaves = _leaves(emit, site, what)
         out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=site.rounded)
         placed = _like_original(emit, out, site, order, free)
     elif form is not None:
@@ -138,7 +138,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
         )
         placed = _like_original(emit, out, site, order, free)
     else:
-        leaves = [_leaf(emit, source, site) for source in what.leaves]
+        leaves = _leaves(emit, site, what)
         sizes = [_number(expr, scope, node, site.scope) for expr, scope, node in what.sizes]
         seed = None
         if site.dropout:
@@ -409,6 +409,20 @@ def _same_strides_as_contiguous(node: fx.Node) -> bool:
             return False
         step = step * size
     return True
+
+
+def _leaves(emit: Emitter, site: Site, what: Meaning) -> list[fx.Node]:
+    """The leaves' tensors; those whose values only decide what is masked have no gradient, not even one of zeros."""
+    program = what.spec.program
+    tops = [program.body, *([] if program.sink is None else [program.sink])]
+    valued = {load.leaf for top in tops for load in added_loads(top)}
+    found = []
+    for leaf, source in zip(what.spec.leaves, what.leaves, strict=True):
+        node = _leaf(emit, source, site)
+        if leaf.name not in valued and source.scope.may_require_grad(source.node):
+            node = emit(aten.detach.default, node)
+        found.append(node)
+    return found
 
 
 def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
