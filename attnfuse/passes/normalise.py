@@ -269,6 +269,8 @@ class _Replay(fx.Interpreter):
                 return args[0].size(*args[1:], **kwargs)
             if n.target == "item" and isinstance(_recorded(n), Sym) and "unbacked_bindings" not in n.meta:
                 return self._item(n, args[0])
+            if n.target is torch.tensor and self.retrace.recall and (made := self._number(n, args, kwargs)) is not None:
+                return made
             operands: list[Any] = []
             key = self._key(n, args, kwargs, operands) if self.retrace.recall else None
             if key is not None and (call := self.retrace.calls.get(key)) is not None:
@@ -398,6 +400,18 @@ class _Replay(fx.Interpreter):
             current = traceback.get_current_meta()
             node.meta = {field: current[field] for field in ("stack_trace", *_COPY_META_FIELDS) if field in current}
         return node
+
+    def _number(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensor | None:
+        """`torch.tensor(number)` as `_write_constants` would leave it; traced, it becomes five nodes."""
+        value = _recorded(n)
+        plain = len(args) == 1 and type(args[0]) in (bool, int, float) and kwargs.keys() <= {"dtype", "device"}
+        if not plain or not isinstance(value, FakeTensor) or value.dim():
+            return None
+        how = {"dtype": value.dtype, "device": value.device}
+        node = self._create(n, aten.scalar_tensor.default, args, how)
+        node.meta["val"] = value
+        proxy_tensor.set_proxy_slot(value, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(node, self.tracer), None))
+        return value
 
     def _node_of(self, x: object) -> Any:
         proxy = self.tracer.unwrap_proxy(x)
