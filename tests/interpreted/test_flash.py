@@ -191,7 +191,7 @@ def test_one_text_serves_many_lengths() -> None:
     """A cache that grows by a key a step must not make new code at each."""
     text = "pad: bool[:, :]; s*0.125 where n <= m + N - M & n // 8 != m + i0 & pad[b, n] else +min"
 
-    def functions(N: int) -> flash.Functions:
+    def functions(N: int) -> score_function.Functions:
         shape, form = Shape(1, 4, 2, 1, N, 64, 64), score_function.LeafForm.of((1, N), (N, 1))
         return launch._plan(text, shape, (N,), (form,)).functions
 
