@@ -13,7 +13,7 @@ from triton.runtime.errors import OutOfResources
 
 from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
-from attnfuse.templates import dropout, flash, launch, score_function, tuning
+from attnfuse.templates import dropout, launch, score_function, tuning
 from attnfuse.templates.base import Cotangents, Inputs, Kernel
 from attnfuse.templates.flash import Decode, Flash
 from attnfuse.templates.kernels import backward, empty_rows, forward
