@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -43,11 +43,11 @@ class Work:
     options: Options
     graph: fx.GraphModule | None = None
     scopes: list[Scope] = field(default_factory=list)
-    found: list[tuple[fx.Node, Site | Remark]] = field(default_factory=list)
+    found: list[tuple[int, fx.Node, Site | Remark]] = field(default_factory=list)
     remarks: list[Remark] = field(default_factory=list)
     fused: int = 0
-    leave: frozenset[str] = frozenset()
-    """Softmaxes that are not to be respelled, because they were not fused when they were."""
+    leave: frozenset[tuple[int, str]] = frozenset()
+    """Softmaxes, by number of the graph and name, that are not to be respelled, because they were not fused when they were."""
 
 
 def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
@@ -71,16 +71,21 @@ def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Re
 
 
 def _run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
-    work = _through(Work(gm, options))
-    left = _left_respelled(work) if work.fused else frozenset()
-    if left:
-        first, work = work, _through(Work(gm, options, leave=left))
-        # what is written out is not seen in the second run
-        again = iter(work.remarks)
-        pairs = zip(first.found, first.remarks, strict=True)
-        unseen = [(a.meta.get(RESPELLED, a.name) in left - {a.name}, remark) for (a, _), remark in pairs]
-        work.remarks = [remark if written_out else next(again) for written_out, remark in unseen]
-    return (work.graph if work.fused else None), Report(tuple(work.remarks))
+    first = work = _through(Work(gm, options))
+    while work.fused and (left := _left_respelled(work)):
+        work = _through(Work(gm, options, leave=work.leave | left))
+    return (work.graph if work.fused else None), Report(tuple(_remarks(first, work)))
+
+
+def _remarks(first: Work, last: Work) -> Iterator[Remark]:
+    """The last run's remarks, and those of the first about softmaxes that are written out, which the last one has not seen."""
+    found = {(scope, anchor.name): remark for (scope, anchor, _), remark in zip(last.found, last.remarks, strict=False)}
+    for (scope, anchor, _), remark in zip(first.found, first.remarks, strict=False):
+        key = scope, anchor.meta.get(RESPELLED, anchor.name)
+        seen = found.pop(key, None) or found.pop((scope, anchor.name), None)
+        if seen is not None or key in last.leave:
+            yield seen or remark
+    yield from found.values()
 
 
 def _through(work: Work) -> Work:
@@ -96,35 +101,37 @@ def _through(work: Work) -> Work:
     return work
 
 
-def _left_respelled(work: Work) -> frozenset[str]:
+def _left_respelled(work: Work) -> frozenset[tuple[int, str]]:
     """What was respelled and has not been fused."""
-    nodes = (node for scope in work.scopes for node in scope.module.graph.nodes)
     return frozenset(
-        node.meta[RESPELLED] for node in nodes if RESPELLED in node.meta and packet(node) in ("softmax", "_softmax")
+        (number, node.meta[RESPELLED])
+        for number, scope in enumerate(work.scopes)
+        for node in scope.module.graph.nodes
+        if RESPELLED in node.meta and packet(node) in ("softmax", "_softmax")
     )
 
 
 def normalised(work: Work) -> None:
     """One spelling for each operation."""
     work.graph = normalise(work.original)
-    for module in graphs(work.graph):
+    for number, module in enumerate(graphs(work.graph)):
         settle(module.graph)
-        respell(module.graph, work.leave)
+        respell(module.graph, {name for at, name in work.leave if at == number})
 
 
 def recognised(work: Work) -> None:
     """A site or a remark for each anchor, in the graph and in the bodies of its checkpoints."""
     assert work.graph is not None
-    for scope in scopes(work.graph):
+    for number, scope in enumerate(scopes(work.graph)):
         work.scopes.append(scope)
         for anchor in anchors(scope):
-            work.found.append((anchor, _guarded(work, anchor, lambda s=scope, a=anchor: recognise(s, a))))  # type: ignore[misc]
+            work.found.append((number, anchor, _guarded(work, anchor, lambda s=scope, a=anchor: recognise(s, a))))  # type: ignore[misc]
 
 
 def rewritten(work: Work) -> None:
     """Each site replaced, where a template takes it."""
     assert work.graph is not None
-    for anchor, found in work.found:
+    for _, anchor, found in work.found:
         remark = found if isinstance(found, Remark) else _guarded(work, anchor, lambda s=found: _rewrite(work, s))  # type: ignore[misc]
         work.remarks.append(remark)
     if work.fused:

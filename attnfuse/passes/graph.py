@@ -9,6 +9,7 @@ from typing import Any, Final, cast
 
 import torch
 from torch import fx
+from torch.utils import _pytree as pytree
 
 from attnfuse.passes.index import Size, sizes_of
 
@@ -174,7 +175,32 @@ class Storage:
                     self._writes.setdefault(self._root[x], []).append(at)
             if any(r.alias_info is not None for r in node.target._schema.returns):
                 root = self._root[nodes[0]]
-        return root
+        for x in self._hidden_writes(node, args):
+            self._writes.setdefault(self._root[x], []).append(at)
+        return root if root is not node else self._unannounced(node)
+
+    def _unannounced(self, node: fx.Node) -> fx.Node:
+        """The root of a result that shares storage with an operand though its schema does not say so (dropout in evaluation)."""
+        if "dropout" in packet(node) and is_tensor(node.args[0]):
+            # in evaluation it is its operand, which fake tensors do not show
+            args = bound(node)
+            if not (args.get("train") is True and isinstance(args.get("p"), float) and args["p"] > 0):
+                return self._root[cast(fx.Node, node.args[0])]
+        made = {_storage(x) for x in pytree.tree_leaves(node.meta.get("val")) if isinstance(x, torch.Tensor)}
+        for x in node.all_input_nodes:
+            if is_tensor(x) and _storage(fake(x)) in made:
+                return self._root[x]
+        return node
+
+    def _hidden_writes(self, node: fx.Node, args: Mapping[str, Any]) -> list[fx.Node]:
+        """Running statistics that an operator updates though its schema does not say so."""
+        if not any(name in packet(node) for name in ("batch_norm", "instance_norm")):
+            return []
+        return [x for name in ("running_mean", "running_var") if isinstance(x := args.get(name), fx.Node)]
+
+
+def _storage(x: torch.Tensor) -> object:
+    return x.untyped_storage()._cdata if x.layout is torch.strided else id(x)
 
 
 def _keeps_hands_off(node: fx.Node) -> bool:
@@ -214,18 +240,20 @@ def mark_no_grad(graph: fx.Graph) -> None:
     names = ("_set_grad_enabled", "_enter_inference_mode", "_exit_inference_mode")
     switches = {n: names.index(n.target.__name__) for n in graph.nodes if getattr(n.target, "__name__", "") in names}
     enabled = torch.is_grad_enabled()
-    before: dict[fx.Node, bool] = {}
+    inference = False
+    before: dict[fx.Node, tuple[bool, bool]] = {}
     if not switches:
         return
     for node in graph.nodes:
         if switches.get(node) == 0:
             enabled = bool(node.args[0])
         elif switches.get(node) == 1:
-            before[node], enabled = enabled, not node.args[0]
+            before[node] = enabled, inference
+            enabled, inference = not node.args[0], bool(node.args[0])
         elif switches.get(node) == 2:
-            enabled = before[node.args[0]]
+            enabled, inference = before[node.args[0]]
         elif not enabled and node.op == "call_function":
-            node.meta["attnfuse_no_grad"] = True
+            node.meta["attnfuse_no_grad"] = "inference_mode" if inference else "no_grad"
 
 
 def module_path(node: fx.Node) -> str:

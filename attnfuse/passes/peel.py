@@ -189,7 +189,8 @@ class Descent:
 
     Attributes:
         sink_at: where along the keys a column stands that has no value and is still to be cut off: 0 or the number of keys.
-        lift: the element of a tensor of the graph, at an index.
+        lift: the element of a tensor of the graph that is not written to, at an index.
+        written: whether something writes to a tensor.
         kept: where weights were not set to zero, and whether that made zeros of NaN too.
     """
 
@@ -199,6 +200,7 @@ class Descent:
     sink_at: Size | None = None
     keys: int = -1
     lift: Callable[[fx.Node, tuple[Index, ...]], Expr] | None = None
+    written: Callable[[fx.Node], bool] = bool
     kept: list[tuple[Expr, bool]] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
@@ -239,6 +241,7 @@ def descend(
     index: tuple[Index, ...],
     beside: Beside | None,
     lift: Callable[[fx.Node, tuple[Index, ...]], Expr],
+    written: Callable[[fx.Node], bool],
 ) -> tuple[Descent, fx.Node]:
     """Peels casts, dropout and views below the softmax; returns what was passed and the value matmul.
 
@@ -246,8 +249,9 @@ def descend(
         index: of the keys' part of the weights.
         beside: the sink's column in them.
         lift: see `Descent`.
+        written: see `Descent`.
     """
-    at = Descent(weights, index, lift=lift, nodes=[weights])
+    at = Descent(weights, index, lift=lift, written=written, nodes=[weights])
     if beside is not None:
         at.sink_at, at.keys = beside.at, beside.dim
     while True:
@@ -294,6 +298,8 @@ def _below_zeros(at: Descent, user: fx.Node) -> None:
         weights, condition = (args["self"], args["other"]) if args["self"] is at.node else (args["other"], args["self"])
         other = 0
     is_tensors = is_tensor(condition) and weights is at.node and condition is not at.node
+    if isinstance(other, fx.Node) and at.written(other):
+        raise Miss("AF023", user, "zeros that are written to")
     if isinstance(other, fx.Node) and packet(other) in ("scalar_tensor", "zeros", "zeros_like", "new_zeros", "full"):
         given = bound(other)
         other = given.get("s", given.get("fill_value", 0))

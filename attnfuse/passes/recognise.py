@@ -31,6 +31,7 @@ from attnfuse.passes.peel import (
     scores_of,
     valued,
 )
+from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.rules import as_float
 from attnfuse.passes.views import broadcast, cuts_gradient, through_view
 from attnfuse.score import TRUE, Call, Const, Expr, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
@@ -305,10 +306,19 @@ def _with_queries(
     program = program_of(expr, fake(source).dtype)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
-    down, matmul = descend(softmax, axes.index, beside, scope.lifter.lift)
-    program = emptied(program, down)
     leaves = scope.table.leaves
+
+    def element(node: fx.Node, index: tuple[Index, ...]) -> Expr:
+        found = scope.lifter.lift(node, index)
+        if any(leaves[x.leaf].scope.storage.writes(leaves[x.leaf].node) for x in loads(found)):
+            raise Unliftable("a mask that is written to")
+        return found
+
+    down, matmul = descend(softmax, axes.index, beside, element, lambda x: bool(scope.storage.writes(x)))
     check_respelled(softmax, program, lambda name: leaves[name].scope.may_require_grad(leaves[name].node))
+    if down.kept and CAUTION in softmax.meta:
+        raise Miss("AF024", softmax, "exponentials that are set to zero after they were normalised")
+    program = emptied(program, down)
     value = valued(down, matmul, axes.keys[0] if axes.keys else None)
     q, k, depth = _query_and_key(claim)
     v = Operand(value.value, value.value_index, (value.found.node,))
@@ -319,15 +329,39 @@ def _with_queries(
     return _assembled(scope, softmax, source, n_dim, claim, down, value, axes, program, (q, k, v), depth)
 
 
+def _is_plain_in_empty_rows(lse: fx.Node, program: Program, down: Descent) -> bool:
+    """Whether the log-sum-exp of a row without an allowed key is the operator's: -inf, or something that only a sigmoid sees."""
+    if not any(tier.fill in ("+min", "=min") for tier in program.tiers) and not down.kept:
+        return True
+    todo = [(user, lse) for user in lse.users]
+    while todo:
+        user, given = todo.pop()
+        name = packet(user)
+        scaled = name in ("mul", "div") and isinstance(user.args[1], int | float) and user.args[1] > 0
+        if name in ("to", "_to_copy", "unsqueeze", "view") or ((scaled or name == "sub") and user.args[0] is given):
+            todo.extend((next_one, user) for next_one in user.users)
+        elif name != "sigmoid":
+            return False
+    return not down.kept
+
+
+# Beside larger sinks a row's log-sum-exp has no digits left.
+_LARGEST_SINK = 1e4
+
+
 def _sink(scope: Scope, beside: Beside, axes: _Axes) -> Expr:
     """The score of a column that has no value, which may depend on batch, head and query."""
     if isinstance(beside.column, float):
+        if abs(beside.column) > _LARGEST_SINK:
+            raise Miss("AF024", None, f"a sink of {beside.column}")
         return Const(beside.column)
     index = tuple(() if dim == beside.dim else at for dim, at in enumerate(axes.index))
     try:
         expr = scope.lifter.lift(beside.column, index)
     except Unliftable as error:
         raise Miss("AF024", beside.column, str(error)) from error
+    if any(isinstance(e, Const) and abs(e.value) > _LARGEST_SINK for e in walk(expr)):
+        raise Miss("AF024", beside.column, f"a sink of {expr}")
     return as_float(expr) if isinstance(expr, Const) else expr
 
 
@@ -364,6 +398,8 @@ def _assembled(
     q, k, v = (_shallowest(scope, op, sizes, role) for op, role in zip(operands, "qkv", strict=True))
     seen = ("q@k.T", "softmax", *down.seen, *(("logsumexp",) if lse is not None else ()), "@v")
     lse_index: tuple[Index, ...] = ()
+    if lse is not None and not _is_plain_in_empty_rows(lse, program, down):
+        raise Miss("AF025", source, f"by `{lse.name}`, whose rows without a key have a gradient of their own")
     if lse is not None:
         # v is read earlier than in the original
         v = replace(v, read=(*v.read, lse))
@@ -697,7 +733,8 @@ def _check_writes(site: Site, last: int) -> None:
             late = [w for w in inner.writes(source.node) if min(readers, default=0) < w < end]
             if late:
                 written = next(n for n, at in inner.position.items() if at == late[0])
-                if max(readers) > late[0] or not same_scope:
+                elsewhere = cuts_gradient(written) != cuts_gradient(site.anchor) or inner.position[site.place] < late[0]
+                if max(readers) > late[0] or not same_scope or elsewhere:
                     raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
                 site.overwritten[source] = written
 

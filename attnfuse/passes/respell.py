@@ -57,7 +57,7 @@ def _written_out(graph: fx.Graph, leave: Container[str]) -> int:
             continue
         form = _FORMS.get(packet(node))
         found = form(node) if form is not None and is_tensor(node) else None
-        if found is None or any(storage.writes(x) for x in (node, *found.nodes)):
+        if found is None or any(storage.writes(x) for x in (node, *found.nodes, *_maximum_of(found))):
             continue
         if any(cuts_gradient(x) != cuts_gradient(node) for x in found.made):
             continue
@@ -68,6 +68,11 @@ def _written_out(graph: fx.Graph, leave: Container[str]) -> int:
             count += 1
             erase(graph, [node])
     return count
+
+
+def _maximum_of(found: _Softmax) -> tuple[fx.Node, ...]:
+    source = _without_maximum(found.of.x, found.dim)
+    return () if source is None else (source,)
 
 
 @dataclass(frozen=True)
@@ -123,7 +128,7 @@ class _Softmax:
         if masked is not None:
             bare = _without_maximum(source, self.dim)
             source = emit(aten.masked_fill.Scalar, bare or source, masked, float("-inf"), like=source)
-        shifted = _without_maximum(self.of.x, self.dim) is not None
+        shifted = _without_maximum(self.of.x, self.dim, exactly=True) is not None
         if fake(source).dtype != fake(weights_like).dtype:
             source = emit(aten.to.dtype, source, fake(weights_like).dtype, like=weights_like)
         weights = emit(aten._softmax.default, source, self.dim, False, like=weights_like)
@@ -145,7 +150,11 @@ def _unshifted(softmax: fx.Node, storage: Storage) -> int:
     dim = args["dim"] % len(shape(node))
     count = steps = 0
     while isinstance(node, fx.Node) and is_tensor(node) and not storage.writes(node):
+        if cuts_gradient(node) != cuts_gradient(softmax):
+            break
         source = _without_maximum(node, dim)
+        if source is not None and storage.writes(source):
+            break
         if source is not None:
             below.replace_input_with(node, source)
             erase(softmax.graph, [node])
@@ -218,10 +227,13 @@ def _split_into_rows(softmax: fx.Node) -> int:
     return 1
 
 
-def _without_maximum(node: fx.Node, dim: int) -> fx.Node | None:
+def _without_maximum(node: fx.Node, dim: int, *, exactly: bool = False) -> fx.Node | None:
     """`x` where the node is `x - max(x)`, the maximum being taken over `dim` at least, or `x - logsumexp(x)`.
 
     Softmax is the same for both, and what is taken off gets a gradient of zero.
+
+    Args:
+        exactly: the maximum is taken over `dim` alone, so that no row has only exponentials of zero.
     """
     if packet(node) != "sub":
         return None
@@ -243,12 +255,14 @@ def _without_maximum(node: fx.Node, dim: int) -> fx.Node | None:
     if args["self"] is not source:
         return None
     if "dim" not in args:
-        return source if len(args) == 1 and restored is None else None
+        return source if len(args) == 1 and restored is None and not exactly else None
     dims = args["dim"] if isinstance(args["dim"], list | tuple) else [args["dim"]]
     rank = len(shape(source))
     over = {d % rank for d in dims} or set(range(rank))
     if restored is not None:
         return source if over == {dim} == {restored} and not args["keepdim"] else None
+    if exactly and over != {dim}:
+        return None
     return source if dim in over and args["keepdim"] else None
 
 
@@ -292,7 +306,8 @@ def _exponentials(node: object) -> tuple[_Exponentials, tuple[fx.Node, ...]] | N
     condition = masked if masked is not None else allowed
     if not isinstance(x, fx.Node) or not isinstance(condition, fx.Node) or fake(condition).dtype != torch.bool:
         return None
-    return _Exponentials(x, masked, allowed), (node, inner, x, condition)  # type: ignore[arg-type]
+    zero = (args[2],) if name != "mul" and isinstance(args[2], fx.Node) else ()
+    return _Exponentials(x, masked, allowed), (node, inner, x, condition, *zero)  # type: ignore[arg-type]
 
 
 def _is_zero(arg: object) -> bool:
@@ -330,6 +345,13 @@ def _reduced(node: object, name: str) -> tuple[fx.Node, int] | None:
     dim = dims[0] % len(shape(source))
     kept = bool(args["keepdim"])
     return (source, dim) if kept != (restored is not None) and restored in (None, dim) else None
+
+
+def _compared(a: object, b: object) -> tuple[fx.Node, ...]:
+    """What two nodes that compute the same read, if they are two: a write in between would make them differ."""
+    if a is b or not isinstance(a, fx.Node) or not isinstance(b, fx.Node):
+        return ()
+    return (a, b, *a.all_input_nodes)
 
 
 def _path(node: object, source: fx.Node) -> tuple[fx.Node, ...]:
@@ -375,7 +397,7 @@ def _normalised(over: fx.Node, numerator: object, denominator: object) -> _Softm
         x for x in nodes if x is not of.x and packet(x) in (*_POSITIVE, "masked_fill", "where", "mul", "tril", "triu")
     )
     if _alike(numerator, source):
-        return _Softmax(of, dim, (source, *nodes), made)
+        return _Softmax(of, dim, (source, *nodes, *_compared(numerator, source)), made)
     after = _to_the_product(numerator, source) if dim == len(shape(source)) - 1 else ()
     if after and [*map(str, shape(over)[:-1])] == [*map(str, shape(source)[:-1])]:
         return _Softmax(of, dim, (source, *after, *nodes), (*made, *after), after)
@@ -454,7 +476,8 @@ def _of_logarithm(node: fx.Node) -> _Softmax | None:
         reduced = _reduced(args["other"], "logsumexp")
         if reduced is not None and _alike(reduced[0], args["self"]):
             made = (inner, *_path(args["other"], reduced[0]))
-            return _Softmax(_Exponentials(args["self"]), reduced[1], (inner, args["self"]), made, caution="logarithm")
+            nodes = (inner, args["self"], *_compared(reduced[0], args["self"]))
+            return _Softmax(_Exponentials(args["self"]), reduced[1], nodes, made, caution="logarithm")
     return None
 
 

@@ -115,6 +115,9 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
     q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
     k, v = _with_same_heads(emit, k, v, site)
     q, k, v = (_cast(emit, x, dtype) for x, dtype in ((q, site.dtype), (k, site.dtype), (v, fake(site.out).dtype)))
+    if site.out.meta.get("attnfuse_no_grad") == "no_grad":
+        # AOTAutograd would take it for the same attention with gradient
+        q = emit(aten.detach.default, q)
     order = _out_order(site)
     # the backward reads the output: what the model writes to is a copy
     written = bool(site.scope.storage.writes(site.out))

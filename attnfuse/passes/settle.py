@@ -11,7 +11,9 @@ from typing import Any, Final
 import torch
 from torch import fx
 
-from attnfuse.passes.graph import Storage, aten, fake, is_tensor, packet
+from attnfuse.passes.graph import Storage, aten, bound, fake, is_tensor, mark_no_grad, packet
+from attnfuse.passes.rules import RULES
+from attnfuse.passes.views import cuts_gradient
 
 _SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "triu_")
 """The arithmetic of scores and masks; autocast leaves all of these alone."""
@@ -19,8 +21,10 @@ _SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "tri
 
 def settle(graph: fx.Graph) -> int:
     """Rewrites what can be rewritten, in graph order; returns how many writes that were."""
-    _drop_unread(graph)
+    mark_no_grad(graph)
+    _take_out_idle_dropout(graph)
     _name_likes(graph)
+    _drop_unread(graph)
     storage = Storage(graph)
     replaced = 0
     for node in list(graph.nodes):
@@ -33,6 +37,9 @@ def settle(graph: fx.Graph) -> int:
         family = storage.members[root]
         # a view that was taken before a write shows it; one taken after all of them is a view of the result
         last = max(storage.writes(root), default=-1)
+        if cuts_gradient(node) != cuts_gradient(root):
+            # a write under no_grad keeps the gradient of what it writes to
+            continue
         behind = _views_behind(source, root)
         early = (m for m in family if m is not root and m not in behind and storage.position[m] < last)
         if root.op != "call_function" or any(_functional(m) is None for m in early):
@@ -56,12 +63,31 @@ def _views_behind(source: fx.Node, root: fx.Node) -> list[fx.Node]:
     """The views from the tensor that is written back to the one that owns the storage, if nobody else reads what they are of."""
     behind, at = [], source
     while at is not root and _functional(at) is None:
-        above = at.args[0]
-        if not isinstance(above, fx.Node) or set(above.users) != {at}:
+        above = at.args[0] if at.args else None
+        if not isinstance(above, fx.Node) or set(above.users) != {at} or not _is_whole(at, above):
             return []
         behind.append(at)
         at = above
     return behind if at is root else []
+
+
+def _is_whole(view: fx.Node, source: fx.Node) -> bool:
+    """Whether a view shows all elements of a dense tensor, so that a result of its layout is as large as the tensor."""
+    if not is_tensor(view) or not is_tensor(source):
+        return False
+    a, b = fake(view), fake(source)
+    if any(not isinstance(x, int) for t in (a, b) for x in (*t.shape, *t.stride(), t.storage_offset())):
+        return False
+    return a.numel() == b.numel() and _is_dense(a) and _is_dense(b)
+
+
+def _is_dense(x: torch.Tensor) -> bool:
+    step = 1
+    for stride, size in sorted(zip(x.stride(), x.shape, strict=True)):
+        if size != 1 and stride != step:
+            return False
+        step *= size
+    return True
 
 
 def _functional(node: fx.Node) -> Any | None:
@@ -129,9 +155,11 @@ def _may_be_dropped(node: fx.Node, storage: Storage) -> bool:
         return False
     values = node.meta.get("val")
     values = values if isinstance(values, tuple | list) else (values,)
-    if not values or not all(isinstance(x, torch.Tensor) for x in values) or packet(node).startswith(_CHECKS):
-        return False
-    if torch.Tag.nondeterministic_seeded in target.tags:
+    if (
+        not values
+        or not all(isinstance(x, torch.Tensor) for x in values)
+        or packet(node).rstrip("_") not in _STATISTICS
+    ):
         return False
     written = [
         node.args[i]
@@ -143,7 +171,38 @@ def _may_be_dropped(node: fx.Node, storage: Storage) -> bool:
     return bool(written) and all(isinstance(x, fx.Node) and storage.root(x).op == "call_function" for x in written)
 
 
-_CHECKS: Final = ("_assert", "sym_constrain", "item", "_local_scalar_dense")
+_STATISTICS: Final = frozenset(
+    {
+        *RULES,
+        *(
+            "softmax",
+            "_softmax",
+            "log_softmax",
+            "mean",
+            "sum",
+            "amax",
+            "amin",
+            "max",
+            "min",
+            "std",
+            "var",
+            "logsumexp",
+            "norm",
+        ),
+        *("matmul", "bmm", "baddbmm", "cat", "stack", "copy", "empty", "new_empty", "empty_like"),
+    }
+)
+"""Of what people compute beside an attention and do not read: operators that do nothing else than to give their result."""
+
+
+def _take_out_idle_dropout(graph: fx.Graph) -> None:
+    """Dropout that drops nothing is its operand, the same tensor: what is written to the one is seen in the other."""
+    for node in list(graph.nodes):
+        if packet(node) in ("dropout", "feature_dropout", "alpha_dropout", "feature_alpha_dropout"):
+            args = bound(node)
+            if args["train"] is False or (isinstance(args["p"], int | float) and args["p"] == 0):
+                node.replace_all_uses_with(args["input"])
+                graph.erase_node(node)
 
 
 def _name_likes(graph: fx.Graph) -> None:

@@ -169,7 +169,7 @@ def through_view(node: fx.Node, index: Sequence[Index], *, no_grad: bool) -> tup
 def cuts_gradient(node: fx.Node) -> bool:
     """Whether gradients end at the node because it is computed under no_grad, in a graph that is not under no_grad as a whole
     (`graph.mark_no_grad`; fake values of a retrace do not say)."""
-    return node.meta.get("attnfuse_no_grad", False) and fake(node).dtype.is_floating_point
+    return bool(node.meta.get("attnfuse_no_grad")) and fake(node).dtype.is_floating_point
 
 
 def _same_kind(a: fx.Node, b: fx.Node) -> bool:

@@ -1,0 +1,221 @@
+"""Graphs are put in order before attention is looked for: whatever they do beside it, they do as before.
+
+Writes to inputs and through aliases, grad modes, statistics, strides; each beside an attention that is fused.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from tests.harness import check, qkv, randn
+
+CASES: list[Any] = []
+MIN = torch.finfo(torch.float32).min
+# Row 2 has no key.
+EMPTY = torch.zeros(6, 6).index_fill(0, torch.tensor([2]), 1.0).bool()
+
+
+def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return ((q @ k.mT) * 0.5).tanh().softmax(-1) @ v
+
+
+def case(*more: Tensor, gradients: bool = True) -> Callable[[Callable[..., Any]], Any]:
+    """Registers a function of q, k, v and `more`."""
+
+    def register(fn: Callable[..., Any]) -> Callable[..., Any]:
+        CASES.append(pytest.param(fn, more, gradients, id=fn.__name__))
+        return fn
+
+    return register
+
+
+@pytest.mark.parametrize(("fn", "more", "gradients"), CASES)
+def test_effect(fn: Callable[..., Any], more: tuple[Tensor, ...], gradients: bool) -> None:
+    def beside_an_attention(q: Tensor, k: Tensor, v: Tensor, *more: Tensor) -> Any:
+        return fn(q, k, v, *more), attention(q, k, v)
+
+    report = check(beside_an_attention, *qkv(), *(x.clone() for x in more), gradients=gradients)
+    assert report.fused
+
+
+def scores(q: Tensor, k: Tensor) -> Tensor:
+    return (q @ k.mT) * 0.5
+
+
+X = randn(3, 4, seed=5)
+W = randn(2, 4, 6, 6, seed=6)
+
+
+@case(X, gradients=False)
+def adds_to_what_dropout_gave_back(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    h = F.dropout(x, 0.1, False)
+    h += 1.0
+    return h + x
+
+
+@case(X, gradients=False)
+def scales_what_dropout_gave_back(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
+    F.dropout(x, 0.1, False).mul_(2)
+
+
+@case(randn(6, seed=7))
+def scales_the_weights_that_dropout_gave_back(q: Tensor, k: Tensor, v: Tensor, factor: Tensor) -> Tensor:
+    p = scores(q, k).softmax(-1)
+    d = F.dropout(p * 1.0, 0.1, False)
+    d.mul_(factor)
+    return d @ v
+
+
+@case(X, gradients=False)
+def writes_to_what_has_the_type_already(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
+    x.type_as(q).add_(1)
+
+
+@case(X, gradients=False)
+def writes_through_einsum(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> None:
+    torch.einsum("ij->ji", x).mul_(3)
+
+
+@case(torch.zeros(4), torch.ones(4), gradients=False)
+def updates_running_statistics(q: Tensor, k: Tensor, v: Tensor, mean: Tensor, variance: Tensor) -> None:
+    F.batch_norm(q.reshape(-1, 4), mean, variance, training=True)
+
+
+@case(randn(4, 6, seed=8))
+def shows_the_strides_of_a_slice(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    s = (x * 2)[..., :3]
+    s.add_(1)
+    return s
+
+
+@case(randn(4, 6, seed=8), gradients=False)
+def shows_the_storage_of_a_slice(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    s = (x * 2)[:, ::2]
+    s.add_(1)
+    return s.as_strided((2, 2), (8, 2)) * 1
+
+
+@case(X)
+def writes_under_no_grad(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    y = x * 3
+    with torch.no_grad():
+        y.mul_(0.5)
+    return y
+
+
+@case(W)
+def takes_a_maximum_off_under_no_grad(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    with torch.no_grad():
+        y = w - w.amax(-1, keepdim=True)
+    return (y + q @ k.mT).softmax(-1) @ v
+
+
+@case(W, gradients=False)
+def takes_a_maximum_off_before_a_write(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+    y = w - w.amax(-1, keepdim=True)
+    w.zero_()
+    return (y + q @ k.mT).softmax(-1) @ v
+
+
+@case(~EMPTY)
+def zeros_that_are_none_any_more(q: Tensor, k: Tensor, v: Tensor, allowed: Tensor) -> Tensor:
+    z = torch.zeros(6, 6, dtype=q.dtype)
+    z[..., 0] = 1.0
+    e = torch.where(allowed, scores(q, k).exp(), z)
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@case(EMPTY)
+def weights_that_are_no_zeros_where_masked(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    z = torch.zeros(6, 6, dtype=q.dtype)
+    z[..., 0] = 1.0
+    return torch.where(~mask, scores(q, k).masked_fill(mask, MIN).softmax(-1), z) @ v
+
+
+@case(EMPTY, gradients=False)
+def mask_turned_round_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    p = scores(q, k).masked_fill(mask, MIN).softmax(-1)
+    mask.view(-1).logical_not_()
+    return p.masked_fill(mask, 0.0) @ v
+
+
+@case(randn(4, 1, 1, seed=9), gradients=False)
+def bias_written_between_two_readings(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    s = scores(q, k)
+    lse = (s + bias).logsumexp(-1, True)
+    bias.view(-1).add_(1)
+    return torch.exp((s + bias) - lse) @ v
+
+
+@case(EMPTY, gradients=False)
+def maximum_of_all_rows_taken_off(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = scores(q, k).masked_fill(mask, MIN)
+    e = torch.exp(s - s.max())
+    return (e / e.sum(-1, keepdim=True)) @ v
+
+
+@case(EMPTY)
+def exponentials_of_an_empty_row_set_to_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    e = torch.exp(scores(q, k).masked_fill(mask, MIN))
+    return ((e / e.sum(-1, keepdim=True)) * (~mask).to(q.dtype)) @ v
+
+
+@case(EMPTY)
+def log_sum_exp_of_weights_set_to_zero(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    s = scores(q, k).masked_fill(mask, MIN)
+    return s.softmax(-1).masked_fill(mask, 0.0) @ v, s.logsumexp(-1) * 0.0
+
+
+@case(EMPTY)
+def log_sum_exp_of_an_empty_row(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+    s = scores(q, k) + torch.zeros(6, 6, dtype=q.dtype).masked_fill(mask, MIN)
+    return s.softmax(-1) @ v, s.logsumexp(-1).clamp(min=-10.0)
+
+
+@case(W)
+def mask_written_under_no_grad(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+    b = torch.where(torch.arange(6)[:, None] >= torch.arange(6), bias * 1, -math.inf)
+    c = bias * 2
+    with torch.no_grad():
+        c.zero_()
+    return (q @ k.mT + b + c).softmax(-1) @ v
+
+
+@case()
+def the_same_attention_with_and_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    with torch.no_grad():
+        a = scores(q, k).softmax(-1) @ v
+    return a, scores(q, k).softmax(-1) @ v
+
+
+@case(EMPTY)
+def sink_as_low_as_masked_keys(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = F.pad(scores(q, k).masked_fill(mask, -1e9), (0, 1), value=-1e9)
+    return s.softmax(-1)[..., :-1] @ v
+
+
+@case(EMPTY)
+def sink_of_the_least_number(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    s = scores(q, k).masked_fill(mask, MIN)
+    return torch.cat((s, torch.full_like(s[..., :1], MIN)), -1).softmax(-1)[..., :-1] @ v
+
+
+@case(X)
+def renormalised_softmax_that_is_returned(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    p = x.softmax(-1) * (x > 0).to(x.dtype)
+    return p / (p.sum(-1, keepdim=True) + 1.0)
+
+
+@case(X, gradients=False)
+def out_written_and_written_again(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> Tensor:
+    c = torch.empty_like(x)
+    torch.add(x, 1, out=c)
+    c.mul_(2)
+    return c
