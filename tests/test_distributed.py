@@ -5,6 +5,8 @@ from __future__ import annotations
 import json
 import os
 import socket
+import time
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +22,7 @@ from attnfuse.remark import Report
 from tests import models
 
 WORLD = 2
+PATIENCE = timedelta(seconds=120)
 
 
 def _port() -> int:
@@ -49,7 +52,7 @@ def _work(rank: int, kind: str, port: int, folder: str) -> None:
     """One process: a step with compiled layers, its gradients and remarks written to `folder`."""
     os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD)
+    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=PATIENCE)
     try:
         model: Any = models.build("llama", "eager").train()
         reports: list[Report] = []
@@ -69,6 +72,8 @@ def _work(rank: int, kind: str, port: int, folder: str) -> None:
             torch.save(grads, Path(folder, "gradients.pt"))
             facts = [(r.kind, r.score, list(r.facts.get("notes", ()))) for r in remarks]  # type: ignore[call-overload]
             Path(folder, "remarks.json").write_text(json.dumps(facts))
+        # the store lives in rank 0: nobody leaves while another still asks for it
+        dist.barrier()
     finally:
         dist.destroy_process_group()
 
@@ -77,9 +82,15 @@ def _work(rank: int, kind: str, port: int, folder: str) -> None:
 def test_two_processes(kind: str, tmp_path: Path) -> None:
     """The gradients are the mean of those that eager gives for each process's part; the mask, which comes from outside the
     compiled layers, is a leaf with a note."""
-    multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _work, args=(kind, _port(), str(tmp_path)), nprocs=WORLD, join=True, start_method="spawn"
+    started: Any = multiprocessing.start_processes(  # type: ignore[no-untyped-call]
+        _work, args=(kind, _port(), str(tmp_path)), nprocs=WORLD, join=False, start_method="spawn"
     )
+    end = time.monotonic() + 2 * PATIENCE.total_seconds()
+    while not started.join(timeout=5):
+        if time.monotonic() > end:
+            for process in started.processes:
+                process.kill()
+            pytest.fail("the processes wait for each other")
     actual = torch.load(tmp_path / "gradients.pt")
     model = models.build("llama", "eager").train()
     expected: dict[str, Tensor] = {}
