@@ -4,6 +4,7 @@
 #   make check      ruff, formatter, mypy         make fix        what ruff can mend by itself
 #   make bench      benchmarks, results as JSON into benchmarks/results/
 #   make gpu        tests, then benchmarks, on a CUDA device; under 10 minutes, goes on where it stopped
+#   make coverage   how many of the attentions of 140 architectures are understood; hours, goes on where it stopped
 #   make docs       docs/remarks.md, from the table of codes
 # PYTHON=python3.12 picks the interpreter the environment is made with (3.11 or later).
 # ARGS="..." is handed to the demo, the benchmarks or pytest.
@@ -15,7 +16,7 @@ STAMP := $(VENV)/.installed
 ARGS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help install demo test test-all check fix bench gpu docs clean
+.PHONY: help install demo test test-all check fix bench coverage gpu docs clean
 
 help:
 	@sed -n 's/^#   //p' Makefile
@@ -37,6 +38,7 @@ NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS) $(NONE_IS_FINE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS) $(NONE_IS_FINE)
+	$(if $(ARGS),,$(MAKE) coverage ARGS=--sample)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS) $(NONE_IS_FINE)
@@ -53,6 +55,16 @@ fix: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m benchmarks $(ARGS)
+
+# timm wants torchvision, beside whose wheel transformers cannot be imported: where only the zoo looks for them.
+ZOO := $(VENV)/zoo
+$(ZOO)/.installed: $(STAMP) constraints.txt
+	$(BIN)/python -m pip install --disable-pip-version-check --upgrade --no-deps --target $(ZOO) \
+	    $(shell grep -E '^(timm|torchvision|pillow)==' constraints.txt)
+	touch $@
+
+coverage: $(ZOO)/.installed
+	PYTHONPATH=$(ZOO) $(BIN)/python -m tests.zoo.coverage $(ARGS)
 
 # On a machine with a GPU and no network: what is installed there has to do. Results go to $$OUT too, if that is set.
 gpu:

@@ -162,6 +162,12 @@ CODES: Final[dict[str, Code]] = {
         "The caller computed them, or Dynamo broke the graph between the score matmul and the softmax.",
         "Remove the break that TORCH_LOGS=graph_breaks shows; for .item(): torch._dynamo.config.capture_scalar_outputs = True.",
     ),
+    "AF036": Code(
+        "missed",
+        "it stands in the body of an operator that is left in place",
+        "A branch of torch.cond, a step of a scan or a loop, a custom autograd function: its body is compiled as it stands.",
+        "Move the attention out of that body; torch.utils.checkpoint and nested_compile_region are looked into.",
+    ),
     "AF040": Code(
         "failed",
         "a pass raised an exception at this attention",

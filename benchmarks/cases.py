@@ -13,9 +13,10 @@ import torch
 
 from benchmarks import gate, stats
 from benchmarks.machine import ROOT
+from benchmarks.models import FORWARD, Forward
 from benchmarks.process import Process
 from benchmarks.stats import Estimate, Target, Verdict
-from benchmarks.subjects import LLAMA_TEXT, OURS, STOCK, VARIANTS, Pass
+from benchmarks.subjects import LLAMA_TEXT, VARIANTS, Pass
 
 Samples = dict[str, list[float]]
 Say = Callable[[str], None]
@@ -78,23 +79,32 @@ def _best(samples: Samples, names: Sequence[str]) -> str:
 class Speed:
     """Time of a pass against the better of stock `torch.compile` with eager and with sdpa attention."""
 
-    subject: Pass
+    subject: Pass | Forward
     target: Target | None
     about: str
     rounds: int = 1
     """Rounds for each pair that is asked for: of short passes, where a difference of a few percent is judged, many more."""
+    starts: int = 1
+    """How often the processes are started anew, each time for a part of the rounds: where its code and data happen to lie makes a
+    process a few percent faster or slower for as long as it lives."""
 
     def measure(self, name: str, setting: Setting) -> Outcome:
         wrong = self.faults(name, setting)
-        with ExitStack() as stack:
-            processes = {}
-            for variant in ("eager", *STOCK, *(ours for ours in OURS if not wrong[ours])):
-                setting.say(f"{variant}: first call")
-                processes[variant] = stack.enter_context(_worker(setting, name, variant))
-            samples = _in_turn(processes, replace(setting, pairs=setting.pairs * self.rounds))
-        best = _best(samples, STOCK)
+        variants = ("eager", *self.stock, *(ours for ours in self.ours if not wrong[ours]))
+        samples: Samples = {variant: [] for variant in variants}
+        for start in range(self.starts):
+            with ExitStack() as stack:
+                processes = {}
+                for variant in variants:
+                    setting.say(f"start {start + 1} of {self.starts}: {variant}")
+                    processes[variant] = stack.enter_context(_worker(setting, name, variant))
+                rounds = setting.pairs * self.rounds
+                part = rounds * (start + 1) // self.starts - rounds * start // self.starts
+                for variant, found in _in_turn(processes, replace(setting, pairs=part)).items():
+                    samples[variant].extend(found)
+        best = _best(samples, self.stock)
         rows = []
-        for ours in OURS:
+        for ours in self.ours:
             if wrong[ours]:
                 rows.append(Row(f"{ours} over {best}", "x", None, self.target, "wrong results", wrong[ours]))
             else:
@@ -102,9 +112,17 @@ class Speed:
                 rows.append(Row.of(f"{ours} over {best}", "x", ratio, self.target))
         return Outcome(tuple(rows), samples)
 
+    @property
+    def ours(self) -> tuple[str, ...]:
+        return tuple(f"attnfuse-{attention}" for attention in self.subject.attentions)
+
+    @property
+    def stock(self) -> tuple[str, ...]:
+        return tuple(f"stock-{attention}" for attention in self.subject.attentions)
+
     def faults(self, name: str, setting: Setting) -> dict[str, str]:
         """What is wrong with the results of each of our variants, "" where they are right."""
-        needed = {ours: (VARIANTS[ours].attention, f"{VARIANTS[ours].attention}-float64", ours) for ours in OURS}
+        needed = {ours: (VARIANTS[ours].attention, f"{VARIANTS[ours].attention}-float64", ours) for ours in self.ours}
         found: dict[str, gate.Results] = {}
         for variant in dict.fromkeys(variant for group in needed.values() for variant in group):
             setting.say(f"{variant}: results")
@@ -237,7 +255,13 @@ def _passes() -> Iterator[tuple[str, Case]]:
     for training, name in ((False, "prefill"), (True, "training")):
         for dtype in short:
             subject = replace(plain, training=training, tokens=128, dtype=dtype)
-            yield f"short-{name}-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject), rounds=4)
+            yield f"short-{name}-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject), rounds=4, starts=5)
+
+
+def _models() -> Iterator[tuple[str, Case]]:
+    for name, subject in FORWARD.items():
+        about = f"{subject.model}, forward, {subject.about}, float32, few layers, random weights"
+        yield f"model-{name}", Speed(subject, Target("at least", 0.97), about)
 
 
 def _about(subject: Pass) -> str:
@@ -254,6 +278,7 @@ def _cases() -> dict[str, Case]:
     alone = "attention alone, B 1, H 8, Hkv 2, D 64, an eighth of the keys padded"
     return {
         **dict(_passes()),
+        **dict(_models()),
         "compile": Compile(Target("at most", 1.15), Target("at most", 0.5), "the model of examples/demo.py"),
         "memory-forward-fp32": Memory(torch.float32, False, f"{alone}, forward, float32"),
         "memory-forward-bf16": Memory(torch.bfloat16, False, f"{alone}, forward, bfloat16"),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -40,8 +40,6 @@ VARIANTS = {
     "attnfuse-eager": Variant("eager", "attnfuse"),
     "attnfuse-sdpa": Variant("sdpa", "attnfuse"),
 }
-OURS = ("attnfuse-eager", "attnfuse-sdpa")
-STOCK = ("stock-eager", "stock-sdpa")
 
 
 def added_mask(allowed: Tensor) -> Tensor:
@@ -70,6 +68,7 @@ class Pass:
     padded: int
     mask: bool
     dtype: torch.dtype
+    attentions: ClassVar = ("eager", "sdpa")
 
     def start(self, variant: Variant) -> tuple[Callable[[], object], Callable[[], dict[str, Tensor]]]:
         """What to time, and what gives the results to compare."""

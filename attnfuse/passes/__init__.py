@@ -21,12 +21,13 @@ from attnfuse.options import Options
 from attnfuse.passes.decide import decide
 from attnfuse.passes.dump import dump
 from attnfuse.passes.graph import module_path, packet, source_line
+from attnfuse.passes.kept import kept
 from attnfuse.passes.lift import Scope, graphs, scopes
 from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
 from attnfuse.passes.respell import RESPELLED, respell
-from attnfuse.passes.rewrite import insert, prune_operands
+from attnfuse.passes.rewrite import insert, prune_operands, rename_body
 from attnfuse.passes.settle import settle
 from attnfuse.passes.verify import checker
 from attnfuse.remark import Remark, Report
@@ -44,6 +45,7 @@ class Work:
     graph: fx.GraphModule | None = None
     scopes: list[Scope] = field(default_factory=list)
     found: list[tuple[int, fx.Node, Site | Remark]] = field(default_factory=list)
+    """The number of the graph, or a negative one of its own for what no pass looks into; the softmax or call; what became of it."""
     remarks: list[Remark] = field(default_factory=list)
     fused: int = 0
     leave: frozenset[tuple[int, str]] = frozenset()
@@ -120,12 +122,15 @@ def normalised(work: Work) -> None:
 
 
 def recognised(work: Work) -> None:
-    """A site or a remark for each anchor, in the graph and in the bodies of its checkpoints."""
+    """A site or a remark for each anchor, in the graph and in the bodies that are normalised too."""
     assert work.graph is not None
     for number, scope in enumerate(scopes(work.graph)):
         work.scopes.append(scope)
         for anchor in anchors(scope):
             work.found.append((number, anchor, _guarded(work, anchor, lambda s=scope, a=anchor: recognise(s, a))))  # type: ignore[misc]
+        for node, remark in kept(scope.module):
+            # the body that it may stand in has no number
+            work.found.append((-1 - len(work.found), node, remark))
 
 
 def rewritten(work: Work) -> None:
@@ -137,6 +142,7 @@ def rewritten(work: Work) -> None:
     if work.fused:
         for scope in reversed(work.scopes):
             prune_operands(scope)
+            rename_body(scope)
             scope.module.graph.lint()
             scope.module.recompile()
 

@@ -10,7 +10,7 @@ A node whose storage is written anywhere is never looked through.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final, Protocol
 
@@ -21,7 +21,7 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet
 from attnfuse.passes.index import Index, Unliftable, size_of, value
-from attnfuse.passes.normalise import INLINED_BODIES
+from attnfuse.passes.normalise import INLINED_BODIES, NORMALISED
 from attnfuse.passes.rules import MOVES, RULES, At, as_float, check_type
 from attnfuse.passes.views import broadcast, cuts_gradient
 from attnfuse.score import Call, Const, Expr, Load, S, Var, call, free_vars, loads, walk
@@ -93,23 +93,24 @@ class Table:
 
 
 class Scope:
-    """One graph with its storage, and for the body of a higher-order operator the graph around it."""
+    """One graph with its storage, and for the body of a higher-order operator the graph around it and the calls there."""
 
     def __init__(
         self,
         module: fx.GraphModule,
         table: Table | None = None,
         outer: Scope | None = None,
-        bindings: Mapping[fx.Node, fx.Node] | None = None,
-        call: fx.Node | None = None,
+        calls: Sequence[fx.Node] = (),
     ) -> None:
         self.module = module
         mark_no_grad(module.graph)
         self.storage = Storage(module.graph)
         self.table = table if table is not None else Table()
         self.outer = outer
-        self.bindings = dict(bindings or {})
-        self.call = call
+        self.calls = tuple(calls)
+        inputs = module.graph.find_nodes(op="placeholder") if calls else []
+        self.given = dict(zip(inputs, zip(*map(passed_by, calls), strict=True), strict=True))
+        """For each input of a body what the calls pass for it, one operand a call."""
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Outputs of attentions that have been rewritten, with what stands in their place."""
         self._may_require_grad: dict[fx.Node, bool] = {}
@@ -138,8 +139,8 @@ class Scope:
 
     def _asks_for_grad(self, node: fx.Node) -> bool | None:
         """What a node says of itself; None if its inputs decide."""
-        if node in self.bindings and self.outer is not None:
-            return self.outer.may_require_grad(self.bindings[node])
+        if node in self.given and self.outer is not None:
+            return any(isinstance(x, fx.Node) and self.outer.may_require_grad(x) for x in self.given[node])
         if node.op == "placeholder":
             given = node.meta.get("example_value")
             return not isinstance(given, torch.Tensor) or given.requires_grad
@@ -151,6 +152,11 @@ class Scope:
         plain = isinstance(node.target, torch._ops.OpOverload) and not node.target._schema.is_mutable
         return None if plain else True
 
+    def passed(self, node: fx.Node) -> fx.Node | None:
+        """The one node around a body that all calls pass for this input of it."""
+        given = self.given.get(node, ())
+        return given[0] if given and isinstance(given[0], fx.Node) and all(x is given[0] for x in given) else None
+
     def current(self, node: fx.Node) -> fx.Node:
         """The node, or what has taken its place."""
         while node in self.replaced:
@@ -158,21 +164,23 @@ class Scope:
         return node
 
     def imported(self, scope: Scope, node: fx.Node) -> fx.Node:
-        """A node of an enclosing scope as a placeholder here; where it is not one yet it becomes one more operand of the
-        higher-order operator."""
+        """A node of an enclosing scope as a placeholder here; where it is not one yet it becomes one more operand of each call.
+
+        What is lifted through an input comes before it, so that it stands before the first call that passes it.
+        """
         assert self.outer is not None, f"{node} is in no enclosing graph"
-        assert self.call is not None
         held = node if scope is self.outer else self.outer.imported(scope, node)
-        for placeholder, operand in self.bindings.items():
-            if operand is held:
+        for placeholder in self.given:
+            if self.passed(placeholder) is held:
                 return placeholder
         graph = self.module.graph
         last = next(n for n in reversed(graph.nodes) if n.op == "placeholder")
         with graph.inserting_after(last):
             placeholder = graph.placeholder(f"{held.name}_outer")
         placeholder.meta.update({k: v for k, v in held.meta.items() if k in ("val", "example_value", "stack_trace")})
-        self.call.args = (*self.call.args, held)
-        self.bindings[placeholder] = held
+        for at in self.calls:
+            at.args = (*at.args, held)
+        self.given[placeholder] = (held,) * len(self.calls)
         return placeholder
 
 
@@ -253,8 +261,9 @@ class Lifter:
             raise Unliftable("no tensor")
         if node not in self.scope.storage.position or self.scope.storage.writes(node):
             raise Unliftable("written in place")
-        if node in self.scope.bindings and self.scope.outer is not None:
-            return self.scope.outer.lifter.lift(self.scope.bindings[node], index)
+        passed = self.scope.passed(node)
+        if passed is not None and self.scope.outer is not None:
+            return self.scope.outer.lifter.lift(passed, index)
         if node.op == "get_attr":
             return Const(_constant(self.scope.module, node))
         found = contraction(node)
@@ -319,30 +328,32 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> bool | int | float:
     raise Unliftable("a constant tensor")
 
 
-def _bodies(graph: fx.GraphModule) -> list[tuple[fx.Node, str]]:
-    """The checkpoints of a graph, each with the name of its body, where no other node has the same body."""
-    found = [n for n in graph.graph.nodes if n.op == "call_function" and str(n.target) in INLINED_BODIES]
-    names = [str(n.args[0].target) for n in found if isinstance(n.args[0], fx.Node)]
-    return [(node, name) for node, name in zip(found, names, strict=True) if names.count(name) == 1]
+def passed_by(call: fx.Node) -> tuple[Any, ...]:
+    """What a call of a higher-order operator passes to its body."""
+    return call.args[INLINED_BODIES[str(call.target)] :]
+
+
+def _bodies(graph: fx.GraphModule) -> list[tuple[str, list[fx.Node]]]:
+    """The normalised bodies in a graph by name, in the order in which they are first called, with their calls."""
+    found: dict[str, list[fx.Node]] = {}
+    for node in graph.graph.nodes:
+        if NORMALISED in node.meta:
+            found.setdefault(str(node.args[0].target), []).append(node)
+    return list(found.items())
 
 
 def graphs(graph: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and the bodies in it that are rewritten like it."""
     yield graph
-    for _, name in _bodies(graph):
+    for name, _ in _bodies(graph):
         yield from graphs(getattr(graph, name))
 
 
 def scopes(
-    graph: fx.GraphModule, table: Table | None = None, outer: Scope | None = None, call: fx.Node | None = None
+    graph: fx.GraphModule, table: Table | None = None, outer: Scope | None = None, calls: Sequence[fx.Node] = ()
 ) -> Iterator[Scope]:
     """A scope for the graph and one for each body in it, outer ones first, which share one table."""
-    table = table if table is not None else Table()
-    bindings = {}
-    if call is not None:
-        inputs = [n for n in graph.graph.nodes if n.op == "placeholder"]
-        bindings = {p: a for p, a in zip(inputs, call.args[1:], strict=True) if isinstance(a, fx.Node)}
-    scope = Scope(graph, table, outer, bindings, call)
+    scope = Scope(graph, table if table is not None else Table(), outer, calls)
     yield scope
-    for node, name in _bodies(graph):
-        yield from scopes(getattr(graph, name), table, scope, node)
+    for name, called in _bodies(graph):
+        yield from scopes(getattr(graph, name), scope.table, scope, called)

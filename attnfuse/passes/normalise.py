@@ -20,7 +20,7 @@ import contextlib
 import copy
 import operator
 import types
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 from unittest import mock
@@ -47,8 +47,11 @@ __all__ = ["NormaliseError", "normalise"]
 aten = torch.ops.aten
 Sym: Final = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
-# Higher-order operators whose body AOTAutograd runs node by node, like the graph around it: op(body, *operands).
-INLINED_BODIES: Final = frozenset({"tag_activation_checkpoint"})
+# Higher-order operators whose body AOTAutograd runs node by node, like the graph around it, with the number of arguments
+# that stand before the operands, the body among them.
+INLINED_BODIES: Final[Mapping[str, int]] = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
+NORMALISED: Final = "attnfuse_normalised"
+"""In `meta` of a call of such an operator: its body is normalised too."""
 
 # Dynamo puts it around requires_grad_(); FX would take it for dead.
 fx.node.has_side_effect(set_inplace_requires_grad_allowed)
@@ -163,9 +166,9 @@ class _Call:
 
 @dataclass(frozen=True)
 class _Body:
-    """A body to be normalised once the graph around it is done, and the modes that hold where it is called."""
+    """A call of a body that is to be normalised once the graph around it is done, and the modes that hold there."""
 
-    name: str
+    call: fx.Node
     module: fx.GraphModule
     operands: Sequence[object]
     grad: bool
@@ -207,11 +210,16 @@ class _Retrace:
         for name, child in list(new.named_children()):
             if isinstance(child, fx.GraphModule):
                 setattr(new, name, _copied(child))
-        for body in replay.bodies:
-            with torch.set_grad_enabled(body.grad), contextlib.ExitStack() as stack:
-                for args in body.autocasts:
+        for name, calls in replay.bodies.items():
+            first = calls[0]
+            if not all(_alike(first, other) for other in calls):
+                continue
+            with torch.set_grad_enabled(first.grad), contextlib.ExitStack() as stack:
+                for args in first.autocasts:
                     stack.enter_context(_autocast(*args))
-                setattr(new, body.name, self._body(body))
+                setattr(new, name, self._body(first))
+            for body in calls:
+                body.call.meta[NORMALISED] = True
         return new
 
     def _body(self, body: _Body) -> fx.GraphModule:
@@ -228,7 +236,7 @@ class _Replay(fx.Interpreter):
         super().__init__(gm)
         self.extra_traceback = False
         self.retrace = retrace
-        self.bodies: list[_Body] = []
+        self.bodies: dict[str, list[_Body]] = {}
         self.attributes: dict[str, fx.Proxy] = {}
         # What higher-order operators give; made before the tracing begins, which would see an alias being taken.
         self.kept = {n: retrace.own(_recorded(n)) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)}
@@ -550,14 +558,11 @@ class _Replay(fx.Interpreter):
         out.node.meta["val"] = value
         if "unbacked_bindings" in n.meta:
             out.node.meta["unbacked_bindings"] = n.meta["unbacked_bindings"]
-        if str(target) in INLINED_BODIES and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
-            body, *operands = args
-            # A body that a second call shares may be called there with other operands.
-            if isinstance(body, fx.GraphModule) and len(n.all_input_nodes[0].users) == 1:
-                autocasts = tuple(args for args, _ in self._autocasts)
-                self.bodies.append(
-                    _Body(str(n.all_input_nodes[0].target), body, operands, torch.is_grad_enabled(), autocasts)
-                )
+        leading = INLINED_BODIES.get(str(target))
+        if leading is not None and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
+            autocasts = tuple(args for args, _ in self._autocasts)
+            body = _Body(out.node, args[0], args[leading:], torch.is_grad_enabled(), autocasts)
+            self.bodies.setdefault(str(n.all_input_nodes[0].target), []).append(body)
         return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
 
 
@@ -735,6 +740,13 @@ def _metadata(x: torch.Tensor) -> tuple[object, ...]:
 
 def _exprs(sizes: Sequence[int | torch.SymInt]) -> tuple[object, ...]:
     return tuple(s.node.expr if isinstance(s, torch.SymInt) else s for s in sizes)
+
+
+def _alike(a: _Body, b: _Body) -> bool:
+    """Whether one normalised body can stand for both calls."""
+    if (a.module, a.grad, a.autocasts, a.call.target) != (b.module, b.grad, b.autocasts, b.call.target):
+        return False
+    return len(a.operands) == len(b.operands) and all(map(_same_metadata, a.operands, b.operands))
 
 
 def _same_metadata(a: object, b: object) -> bool:

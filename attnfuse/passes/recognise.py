@@ -23,6 +23,7 @@ from attnfuse.passes.peel import (
     Descent,
     Miss,
     Valued,
+    added_loads,
     check_respelled,
     descend,
     emptied,
@@ -220,8 +221,6 @@ def recognise(scope: Scope, anchor: fx.Node) -> Site:
 def _from_softmax(scope: Scope, softmax: fx.Node) -> Site:
     given, n_dim = score_input(softmax)
     source, beside = scores_of(given, n_dim)
-    if torch.finfo(fake(softmax).dtype).max < torch.finfo(fake(source).dtype).max:
-        raise Miss("AF024", softmax, f"the scores are rounded from {fake(source).dtype} to {fake(softmax).dtype}")
     sizes = shape(source)
     if len(sizes) < 2:
         raise Miss("AF020", softmax, f"a softmax over a tensor of {len(sizes)} dimensions")
@@ -304,6 +303,7 @@ def _with_queries(
     if claim.found is None:
         return None
     program = program_of(expr, fake(source).dtype)
+    _check_rounding(scope, softmax, source, expr)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
     leaves = scope.table.leaves
@@ -327,6 +327,21 @@ def _with_queries(
         if held is not None:
             return _with_queries(scope, softmax, source, beside, n_dim, m_dim, held)
     return _assembled(scope, softmax, source, n_dim, claim, down, value, axes, program, (q, k, v), depth)
+
+
+def _check_rounding(scope: Scope, softmax: fx.Node, source: fx.Node, expr: Expr) -> None:
+    """Raises Miss AF024 where the softmax runs in a type that makes infinities of scores.
+
+    bfloat16 has float32's range but for its greatest values: a fill of finfo(float32).min becomes -inf, that of bfloat16 stays.
+    """
+    dtype, before = fake(softmax).dtype, fake(source).dtype
+    if torch.finfo(dtype).max >= torch.finfo(before).max:
+        return
+    leaves = (fake(scope.table.leaves[load.leaf].node).dtype for load in added_loads(expr))
+    wide = any(x.is_floating_point and torch.finfo(x).max > torch.finfo(dtype).max for x in leaves)
+    fills = any(isinstance(e, Const) and torch.finfo(dtype).max < abs(e.value) < math.inf for e in walk(expr))
+    if (before, dtype) != (torch.float32, torch.bfloat16) or wide or fills:
+        raise Miss("AF024", softmax, f"the scores are rounded from {before} to {dtype}")
 
 
 def _is_plain_in_empty_rows(lse: fx.Node, program: Program, down: Descent) -> bool:
@@ -740,11 +755,10 @@ def _check_writes(site: Site, last: int) -> None:
 
 
 def _position_within(inner: Scope, outer: Scope) -> int:
-    """Where, in an enclosing graph, the higher-order operator stands whose body holds `inner`."""
+    """Where, in an enclosing graph, the last call stands of the body that holds `inner`."""
     while inner.outer is not None and inner.outer is not outer:
         inner = inner.outer
-    assert inner.call is not None
-    return outer.storage.position[inner.call]
+    return max(outer.storage.position[call] for call in inner.calls)
 
 
 def renamed(program: Program, names: dict[Expr, Expr]) -> Program:

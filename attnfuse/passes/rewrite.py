@@ -20,7 +20,7 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from attnfuse import ops
 from attnfuse.passes.graph import aten, erase, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
-from attnfuse.passes.lift import LeafSource, Scope
+from attnfuse.passes.lift import LeafSource, Scope, passed_by
 from attnfuse.passes.peel import Miss, added_loads
 from attnfuse.passes.recognise import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
@@ -462,12 +462,23 @@ def _number(expr: Any, scope: Scope, node: fx.Node, here: Scope) -> fx.Node:
 
 def prune_operands(scope: Scope) -> None:
     """Operands of a checkpoint that its body no longer reads are no longer passed, nor computed."""
-    if scope.call is None or scope.outer is None:
+    if scope.outer is None:
         return
-    inputs = [n for n in scope.module.graph.nodes if n.op == "placeholder"]
-    pairs = list(zip(inputs, scope.call.args[1:], strict=True))
-    scope.call.args = (scope.call.args[0], *(operand for placeholder, operand in pairs if placeholder.users))
-    for placeholder, _ in pairs:
+    inputs = scope.module.graph.find_nodes(op="placeholder")
+    given = [x for call in scope.calls for x in passed_by(call)]
+    for call in scope.calls:
+        passed = passed_by(call)
+        read = (x for x, placeholder in zip(passed, inputs, strict=True) if placeholder.users)
+        call.args = (*call.args[: len(call.args) - len(passed)], *read)
+    for placeholder in inputs:
         if not placeholder.users:
             scope.module.graph.erase_node(placeholder)
-    erase(scope.outer.module.graph, [x for _, x in pairs if isinstance(x, fx.Node)])
+    erase(scope.outer.module.graph, [x for x in given if isinstance(x, fx.Node)])
+
+
+def rename_body(scope: Scope) -> None:
+    """PyTorch keeps what it made of an `invoke_subgraph` body under the body's name, for as long as Dynamo's graph is compiled:
+    should the rewritten graph fail downstream, the original must not find it."""
+    for call in scope.calls:
+        if call.target is torch.ops.higher_order.invoke_subgraph:
+            call.update_arg(1, f"{call.args[1]}_attnfuse")

@@ -1,0 +1,120 @@
+"""The coverage of the zoo: rows, totals, what counts as worse, and that a run goes on where the last one stopped."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from tests import zoo
+from tests.zoo import coverage
+from tests.zoo.cells import Cell, cells, sample
+
+LLAMA = Cell("llama", "eager", "training", "bf16", True)
+
+
+def row(cell: Cell, fused: int, **more: Any) -> coverage.Row:
+    found = {"name": cell.name, "model": cell.model, "column": list(cell.column), "expected": 4, "codes": {"AF000": fused}}
+    counts = {"fused": fused, "kept": 0, "declined": 0, "missed": 4 - fused, "failed": 0, "stock": 1, "stock_kernels": 0}
+    return found | counts | {"correct": True, "graphs": 1} | more
+
+
+def test_totals() -> None:
+    other = Cell("bert", *LLAMA.column[:3], masked=True)
+    rows = [row(LLAMA, 4), row(other, 2, codes={"AF000": 2, "AF031": 1, "AF024": 1}), row(LLAMA, 9, correct=False)]
+    (total,) = coverage.totals(rows).values()
+    # more remarks than attentions, a router's softmax or a second graph, count as all of them
+    assert total == {
+        "models": 3,
+        "expected": 12,
+        "taken": 10,
+        "understood": 11,
+        "right": 2,
+        "stock": 3,
+        "stock_kernels": 0,
+    }
+    text = coverage.table(rows)
+    assert "| eager | training | bf16 | mask | 3 | 12 | 10 (83.3 %) | 11 (91.7 %) | 2 | 25.0 % |" in text
+
+
+def test_worse() -> None:
+    before = row(LLAMA, 3)
+    assert coverage.worse(row(LLAMA, 3), before) == ""
+    assert coverage.worse(row(LLAMA, 4), before) == ""
+    assert "2 attentions fused or kept, 3 before" in coverage.worse(row(LLAMA, 2), before)
+    assert "4 before" in coverage.worse(row(LLAMA, 3), None)
+    assert coverage.worse(row(LLAMA, 3, correct=False, error="off by one"), before) == "off by one"
+    assert coverage.worse(row(LLAMA, 3, correct=False), row(LLAMA, 3, correct=False)) == ""
+
+
+@pytest.fixture
+def ran(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> list[str]:
+    """The names of the cells that are run, without running them; rows go to a folder of their own."""
+    names: list[str] = []
+
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        for cell in chosen:
+            names.append(cell.name)
+            yield row(cell, 4)
+
+    monkeypatch.setattr(coverage, "run", run)
+    monkeypatch.setattr(coverage, "ROWS", tmp_path / "coverage" / "rows.jsonl")
+    return names
+
+
+def command(monkeypatch: pytest.MonkeyPatch, *arguments: str) -> int:
+    monkeypatch.setattr("sys.argv", ["coverage", *arguments])
+    return coverage.main()
+
+
+def test_a_run_goes_on_where_the_last_one_stopped(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    llama = [cell.name for cell in cells("llama")]
+    assert command(monkeypatch, "llama") == 0
+    assert ran == llama
+    assert [json.loads(line)["name"] for line in coverage.ROWS.read_text().splitlines()] == llama
+    lines = coverage.ROWS.read_text().splitlines(keepends=True)
+    coverage.ROWS.write_text("".join(lines[:-2]))
+    ran.clear()
+    assert command(monkeypatch, "llama") == 0
+    assert ran == llama[-2:]
+    assert command(monkeypatch, "llama", "--again") == 0
+    assert ran == llama[-2:] + llama
+    assert set(coverage.read()) == set(llama)
+
+
+def test_a_target_that_is_missed_fails(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        return (row(cell, 3) for cell in chosen)
+
+    monkeypatch.setattr(coverage, "run", run)
+    assert command(monkeypatch, "llama") == 1
+
+
+def test_the_sample_is_compared_with_the_rows(
+    ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    chosen = sample()
+    coverage.ROWS.parent.mkdir()
+    before = "".join(json.dumps(row(cell, 4)) + "\n" for cell in chosen)
+    coverage.ROWS.write_text(before)
+    assert command(monkeypatch, "--sample") == 0
+    assert ran == [cell.name for cell in chosen]
+    assert f"{len(chosen)} cells run, 0 worse" in capsys.readouterr().out
+
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        return (row(cell, 3 if number == 7 else 4) for number, cell in enumerate(chosen))
+
+    monkeypatch.setattr(coverage, "run", run)
+    assert command(monkeypatch, "--sample") == 1
+    assert f"{chosen[7].name}: 3 attentions fused or kept, 4 before" in capsys.readouterr().out
+    assert coverage.ROWS.read_text() == before
+
+
+def test_the_rows_on_file_are_of_the_zoo() -> None:
+    known = {cell.name: cell for name in zoo.ENTRIES for cell in cells(name)}
+    for name, found in coverage.read().items():
+        assert found["expected"] == known[name].entry.attentions, name
+        assert tuple(found["column"]) == known[name].column

@@ -1,0 +1,145 @@
+"""The ways in which a model of the zoo is run, and what comes of one of them: what was found in it, and whether it is right."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+
+from attnfuse.backend import listening
+from attnfuse.remark import Report
+from tests import models, zoo
+from tests.numerics import assert_close
+from tests.zoo.entry import Inputs
+
+DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
+MODES: Final = ("inference", "training", "dropout")
+PROBABILITY: Final = 0.1
+# So small that no element is ever dropped: the graph is that of any other probability, the result that without dropout.
+NEVER: Final = 1e-9
+
+
+@dataclass(frozen=True)
+class Cell:
+    """A model in one of its implementations, modes ("dropout" is training with dropout) and types, with or without a mask."""
+
+    model: str
+    implementation: str
+    mode: str
+    dtype: str
+    masked: bool
+
+    @property
+    def name(self) -> str:
+        return "-".join((self.model, *self.column))
+
+    @property
+    def column(self) -> tuple[str, str, str, str]:
+        """What the cell shares with cells of other models."""
+        return self.implementation, self.mode, self.dtype, "mask" if self.masked else "none"
+
+    @property
+    def entry(self) -> zoo.Entry:
+        return zoo.ENTRIES[self.model]
+
+
+def cells(name: str) -> list[Cell]:
+    """All cells of a model."""
+    entry = zoo.ENTRIES[name]
+    masks = (True, False) if entry.takes_mask else (False,)
+    return [Cell(name, *rest) for rest in itertools.product(entry.implementations, MODES, DTYPES, masks)]
+
+
+def sample() -> list[Cell]:
+    """One cell of each model, such that every pair of implementation, mode, type and mask is among them."""
+    found = []
+    for number, name in enumerate(zoo.ENTRIES):
+        every = cells(name)
+        # 7 has no divisor in common with the number of a model's cells, so that models of a kind get different ones
+        found.append(every[7 * number % len(every)])
+    return found
+
+
+def outputs(model: nn.Module, given: Inputs) -> tuple[Tensor, ...]:
+    out = zoo.call(model, given)
+    return out if isinstance(out, tuple) else (out,)
+
+
+def results(model: nn.Module, given: Inputs, training: bool) -> dict[str, Tensor]:
+    """Outputs by name and, in training, the gradients of a weighted sum of them."""
+    model.zero_grad()
+    with torch.set_grad_enabled(training):
+        outs = outputs(model, given)
+        found = {f"output {at}": out.detach() for at, out in enumerate(outs)}
+        if training:
+            total = torch.zeros((), dtype=torch.float64)
+            for out in outs:
+                if out.requires_grad:
+                    weight = torch.linspace(-1, 1, out.numel(), dtype=out.dtype).reshape(out.shape)
+                    total = total + (out * weight).double().sum()
+            total.backward()
+    for name, parameter in model.named_parameters():
+        if parameter.grad is not None:
+            found[name.removeprefix("_orig_mod.")] = parameter.grad.clone()
+    return found
+
+
+def build(cell: Cell, dropout: float = 0.0) -> nn.Module:
+    """The cell's model in its mode, the same weights at every call."""
+    model = cell.entry.build(cell.implementation, dropout if cell.mode == "dropout" else 0.0).to(DTYPES[cell.dtype])
+    return model.train(cell.mode != "inference")
+
+
+def compiled(model: nn.Module) -> Any:
+    """A copy of the model, compiled with attnfuse; operators downstream run as they stand."""
+    torch._dynamo.reset()
+    return torch.compile(copy.deepcopy(model), backend="attnfuse", options={"downstream": "aot_eager"})
+
+
+def found_in(cell: Cell) -> list[Report]:
+    """What is reported of each graph of the cell's model, with a dropout that drops."""
+    reports: list[Report] = []
+    with listening(reports.append):
+        found = results(compiled(build(cell, PROBABILITY)), cell.entry.inputs(cell.masked), cell.mode != "inference")
+    for key, value in found.items():
+        assert value.isfinite().all() or cell.mode != "dropout", f"{key} is not finite with dropout"
+    return reports
+
+
+def compared(cell: Cell) -> list[Report]:
+    """Compiles the cell's model, compares it with eager and with float64 by the numerics contract, and returns the reports.
+
+    Raises:
+        AssertionError: an output or a gradient is wrong.
+    """
+    training = cell.mode != "inference"
+    model, given = build(cell, NEVER), cell.entry.inputs(cell.masked)
+    reports: list[Report] = []
+    with listening(reports.append):
+        actual = results(compiled(model), given, training)
+    original = results(model, given, training)
+    exact, scales = models.exact(model, lambda double: _exactly(double, given, training))
+    assert actual.keys() == original.keys() == exact.keys()
+    for key, value in exact.items():
+        scale = max(scales.get(key, 0.0), float(value.abs().max()))
+        assert_close(actual[key], original[key], value, scale, what=f"{cell.name} {key}")
+    return reports
+
+
+def _exactly(double: nn.Module, given: Inputs, training: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+    if hasattr(double, "set_experts_implementation"):
+        # the fused product of experts takes no float64
+        double.set_experts_implementation("batched_mm")
+    with models.gradient_scales(double) as scales:
+        return results(double, given, training), scales
+
+
+def pairs(chosen: list[Cell]) -> Iterator[tuple[str, str]]:
+    """All pairs of values of two axes that occur in cells."""
+    for cell in chosen:
+        yield from itertools.combinations(cell.column, 2)

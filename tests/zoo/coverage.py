@@ -1,0 +1,282 @@
+"""How many of the zoo's attentions are understood, cell by cell, with stock Inductor beside it.
+
+    python -m tests.zoo.coverage [NAME ...]      every cell that has no row yet, or those of the models named
+    python -m tests.zoo.coverage --sample        one cell of each model, compared with the rows; writes nothing
+    python -m tests.zoo.coverage --table         the totals of the rows, as Markdown
+
+A row is one line of JSON in benchmarks/results/coverage: a model, an implementation, a mode, a type, a mask or none; how many
+attentions were expected and how many were fused, kept, declined or missed, with their codes; whether outputs and gradients are
+right; the graphs; and how many of the attentions stock Inductor's patterns matched. Stopped, it goes on where it was.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter, defaultdict
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from pathlib import Path
+from typing import Any, Final
+
+from rich.console import Console
+from rich.progress import Progress
+from rich.table import Table
+
+from .cells import Cell, cells, sample
+from .entry import MissingArchitecture
+
+ROWS: Final = Path(__file__).parents[2] / "benchmarks" / "results" / "coverage" / "rows.jsonl"
+UNDERSTOOD, TAKEN = 0.98, 0.95
+# The codes of attentions that are left alone because that was measured to be faster.
+MEASURED: Final = frozenset({"AF031"})
+LIMIT_S: Final = 600
+
+Row = dict[str, Any]
+
+
+def row(cell: Cell, *, with_stock: bool) -> Row:
+    """Runs a cell; what it raises stands in the row."""
+    signal.signal(signal.SIGALRM, _too_long)
+    signal.alarm(LIMIT_S)
+    start = time.monotonic()
+    found: Row = {
+        "name": cell.name,
+        "model": cell.model,
+        "column": list(cell.column),
+        "expected": cell.entry.attentions,
+    }
+    try:
+        found |= _outcome(cell)
+        if with_stock:
+            found |= _stock(cell)
+    except MissingArchitecture as error:
+        return {"name": cell.name, "missing": str(error)}
+    finally:
+        signal.alarm(0)
+    return found | {"seconds": round(time.monotonic() - start, 1)}
+
+
+def _too_long(number: int, frame: object) -> None:
+    raise TimeoutError(f"longer than {LIMIT_S} s")
+
+
+def _outcome(cell: Cell) -> Row:
+    from attnfuse.remark import Report
+
+    from . import cells as ways
+
+    found: Row = {"correct": False}
+    try:
+        reports = ways.compared(cell)
+        if cell.mode == "dropout":
+            reports = ways.found_in(cell)
+        found["correct"] = True
+    except MissingArchitecture:
+        raise
+    except Exception as error:
+        found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+        try:
+            reports = ways.found_in(cell)
+        except Exception as again:
+            reports = []
+            found["raised"] = f"{type(again).__name__}: {str(again).strip().splitlines()[0][:300]}"
+    merged = Report(()).merge(*reports)
+    kinds = Counter(remark.kind for remark in merged.remarks)
+    found |= {kind: kinds[kind] for kind in ("fused", "kept", "declined", "missed", "failed")}
+    codes = Counter(remark.code for remark in merged.remarks)
+    return found | {"codes": dict(sorted(codes.items())), "graphs": len(reports)}
+
+
+def _stock(cell: Cell) -> Row:
+    """The attentions that Inductor's patterns match, and the graphs that it compiles; nothing is generated."""
+    import torch
+    from functorch.compile import make_boxed_func
+    from torch._dynamo.utils import counters
+    from torch._functorch import config as functorch_config
+    from torch._inductor import config
+    from torch._inductor.compile_fx import compile_fx
+
+    from . import cells as ways
+
+    graphs, kernels = [], []
+
+    def counted(gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+        kernels.extend(
+            n for n in gm.graph.nodes if "_scaled_dot_product" in str(n.target) and "backward" not in str(n.target)
+        )
+        return make_boxed_func(gm.forward)
+
+    def backend(gm: Any, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(gm)
+        return compile_fx(gm, example_inputs, inner_compile=counted)
+
+    torch._dynamo.reset()
+    counters.clear()
+    training = cell.mode != "inference"
+    try:
+        with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
+            model = torch.compile(ways.build(cell, ways.PROBABILITY), backend=backend)
+            ways.results(model, cell.entry.inputs(cell.masked), training)
+    except Exception as error:
+        return {"stock_error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+    matched = counters["inductor"]["fuse_attention"]
+    # in training the replacement is traced twice
+    return {"stock": matched // 2 if training else matched, "stock_kernels": len(kernels), "stock_graphs": len(graphs)}
+
+
+def read() -> dict[str, Row]:
+    """The rows so far, by name; a later one counts."""
+    if not ROWS.exists():
+        return {}
+    rows = (json.loads(line) for line in ROWS.read_text().splitlines())
+    return {found["name"]: found for found in rows}
+
+
+def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[Row]:
+    """The rows of cells as they come, each computed in a process that does a few and leaves."""
+    context = multiprocessing.get_context("spawn")
+    # a compiler's memory does not shrink
+    with ProcessPoolExecutor(jobs, context, _alone, max_tasks_per_child=24) as pool:
+        tasks = [pool.submit(row, cell, with_stock=with_stock) for cell in chosen]
+        for task in as_completed(tasks):
+            yield task.result()
+
+
+def _alone() -> None:
+    import warnings
+
+    import torch
+
+    torch.set_num_threads(1)
+    warnings.filterwarnings("ignore")
+
+
+def totals(rows: Sequence[Row]) -> dict[tuple[str, ...], Row]:
+    """Sums by column."""
+    found: dict[tuple[str, ...], Row] = defaultdict(lambda: defaultdict(int))
+    for one in rows:
+        total, expected = found[tuple(one["column"])], one["expected"]
+        taken = min(one["fused"] + one["kept"], expected)
+        measured = sum(count for code, count in one["codes"].items() if code in MEASURED)
+        total["models"] += 1
+        total["expected"] += expected
+        total["taken"] += taken
+        total["understood"] += min(taken + measured, expected)
+        total["right"] += one["correct"]
+        total["stock"] += min(one.get("stock", 0), expected)
+        total["stock_kernels"] += min(one.get("stock_kernels", 0), expected)
+    return dict(sorted(found.items()))
+
+
+def table(rows: Sequence[Row]) -> str:
+    """The totals as Markdown."""
+    lines = [
+        "| implementation | mode | type | mask | models | attentions | fused or kept | understood | models right | stock Inductor |",
+        "|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for column, total in totals(rows).items():
+        share = [f"{total[key]} ({100 * total[key] / total['expected']:.1f} %)" for key in ("taken", "understood")]
+        stock = total["stock"] if column[0] == "eager" else total["stock_kernels"]
+        cells_ = [
+            *column,
+            total["models"],
+            total["expected"],
+            *share,
+            total["right"],
+            f"{100 * stock / total['expected']:.1f} %",
+        ]
+        lines.append("| " + " | ".join(map(str, cells_)) + " |")
+    return "\n".join(lines)
+
+
+def worse(new: Row, old: Row | None) -> str:
+    """Why a row is worse than the one on file, or nothing."""
+    if not new["correct"] and (old is None or old["correct"]):
+        return new.get("error", "wrong")
+    taken = new["fused"] + new["kept"]
+    before = min(old["fused"] + old["kept"], new["expected"]) if old is not None else new["expected"]
+    return f"{taken} attentions fused or kept, {before} before" if taken < before else ""
+
+
+def _commit() -> str:
+    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    return done.stdout.strip()
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description="How many of the zoo's attentions are understood.")
+    parser.add_argument("names", nargs="*", metavar="NAME", help="a model (default: all of them)")
+    parser.add_argument("--sample", action="store_true", help="one cell of each model, compared with the rows on file")
+    parser.add_argument("--table", action="store_true", help="print the totals of the rows on file")
+    parser.add_argument("--again", action="store_true", help="also the cells that have a row")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
+    arguments = parser.parse_args()
+    stored = read()
+    if arguments.table:
+        print(table(list(stored.values())))
+        return 0
+    from . import ENTRIES
+
+    for name in arguments.names:
+        if name not in ENTRIES:
+            parser.error(f"there is no model {name}")
+    names = set(arguments.names or ENTRIES)
+    every = sample() if arguments.sample else [cell for name in ENTRIES for cell in cells(name)]
+    chosen = [cell for cell in every if cell.model in names]
+    if not arguments.sample and not arguments.again:
+        chosen = [cell for cell in chosen if cell.name not in stored]
+    console, complaints, missing = Console(), [], []
+    commit = _commit()
+    with Progress(console=console) as progress:
+        task = progress.add_task("cells", total=len(chosen))
+        for found in run(chosen, arguments.jobs, with_stock=not arguments.sample):
+            progress.advance(task)
+            if "missing" in found:
+                missing.append(found["missing"])
+                continue
+            if arguments.sample:
+                if why := worse(found, stored.get(found["name"])):
+                    complaints.append((found["name"], why))
+                continue
+            ROWS.parent.mkdir(parents=True, exist_ok=True)
+            with ROWS.open("a") as file:
+                file.write(json.dumps(found | {"commit": commit}) + "\n")
+    for text in sorted(set(missing)):
+        console.print(f"not run: {text}")
+    if arguments.sample:
+        for name, why in complaints:
+            console.print(f"[red]{name}[/]: {why}", highlight=False)
+        console.print(f"{len(chosen) - len(missing)} cells run, {len(complaints)} worse than the rows on file")
+        return 1 if complaints or missing else 0
+    return _judge(list(read().values()), console)
+
+
+def _judge(rows: Sequence[Row], console: Console) -> int:
+    """Prints the totals; 1 where a target is missed."""
+    shown = Table(
+        "implementation", "mode", "type", "mask", "models", "attentions", "fused or kept", "understood", "right"
+    )
+    missed = False
+    for column, total in totals(rows).items():
+        shares = total["taken"] / total["expected"], total["understood"] / total["expected"]
+        missed |= shares[0] < TAKEN or shares[1] < UNDERSTOOD or total["right"] < total["models"]
+        shown.add_row(
+            *column,
+            str(total["models"]),
+            str(total["expected"]),
+            *(f"{100 * x:.1f} %" for x in shares),
+            str(total["right"]),
+        )
+    console.print(shown)
+    return int(missed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
