@@ -38,7 +38,6 @@ NONE_IS_FINE = $(if $(ARGS),|| [ $$? -eq 5 ])
 test: $(STAMP)
 	$(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS) $(NONE_IS_FINE)
 	TRITON_INTERPRET=1 $(BIN)/python -m pytest -n 2 -m "not slow" $(ARGS) $(NONE_IS_FINE)
-	$(if $(ARGS),,$(MAKE) coverage ARGS=--sample)
 
 test-all: $(STAMP)
 	$(BIN)/python -m pytest -n 2 $(ARGS) $(NONE_IS_FINE)

@@ -255,7 +255,10 @@ def _passes() -> Iterator[tuple[str, Case]]:
     for training, name in ((False, "prefill"), (True, "training")):
         for dtype in short:
             subject = replace(plain, training=training, tokens=128, dtype=dtype)
-            yield f"short-{name}-{short[dtype]}", Speed(subject, Target("at least", 0.97), _about(subject), rounds=4, starts=5)
+            yield (
+                f"short-{name}-{short[dtype]}",
+                Speed(subject, Target("at least", 0.97), _about(subject), rounds=4, starts=5),
+            )
 
 
 def _models() -> Iterator[tuple[str, Case]]:

@@ -37,7 +37,8 @@ class Process:
             stderr=self._said,
             text=True,
             env={
-                **os.environ,
+                # an installed package is compiled to byte code, as torch is
+                **{name: value for name, value in os.environ.items() if name != "PYTHONDONTWRITEBYTECODE"},
                 "TORCHINDUCTOR_CACHE_DIR": str(caches / "inductor"),
                 "TRITON_CACHE_DIR": str(caches / "triton"),
             },

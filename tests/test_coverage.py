@@ -17,8 +17,22 @@ LLAMA = Cell("llama", "eager", "training", "bf16", True)
 
 
 def row(cell: Cell, fused: int, **more: Any) -> coverage.Row:
-    found = {"name": cell.name, "model": cell.model, "column": list(cell.column), "expected": 4, "codes": {"AF000": fused}}
-    counts = {"fused": fused, "kept": 0, "declined": 0, "missed": 4 - fused, "failed": 0, "stock": 1, "stock_kernels": 0}
+    found = {
+        "name": cell.name,
+        "model": cell.model,
+        "column": list(cell.column),
+        "expected": 4,
+        "codes": {"AF000": fused},
+    }
+    counts = {
+        "fused": fused,
+        "kept": 0,
+        "declined": 0,
+        "missed": 4 - fused,
+        "failed": 0,
+        "stock": 1,
+        "stock_kernels": 0,
+    }
     return found | counts | {"correct": True, "graphs": 1} | more
 
 

@@ -11,27 +11,33 @@ import torch
 from torch import Tensor
 from torch._inductor import compile_fx
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import flex_attention
+from torch.nn.attention.flex_attention import create_block_mask, flex_attention
 
 from attnfuse.backend import listening
 from attnfuse.remark import Report
-from tests.harness import check, compare, qkv, randn, verdict
+from tests.harness import check, qkv, randn
 
 CAUSAL_AND_PADDED = "s*0.5 where n <= m & pad[b, n] else +min"
 
 
 def spelled_out(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return torch.softmax(q @ k.mT * 0.5 + mask, -1) @ v
+    return torch.softmax(q @ k.transpose(-1, -2) * 0.5 + mask, -1) @ v
 
 
 region = torch.compiler.nested_compile_region(spelled_out)
 
 
-def padded(q: Tensor, pad: Tensor) -> Tensor:
+def layer(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+    """x [B, M, 16] and its attention with 4 heads; weights [4, 16, 16] of q, k, v and the output."""
+    q, k, v = ((x @ weight).unflatten(-1, (4, 4)).transpose(1, 2) for weight in weights[:3])
+    return x + spelled_out(q, k, v, mask).transpose(1, 2).flatten(2) @ weights[3]
+
+
+def padded(M: int, pad: Tensor, dtype: torch.dtype) -> Tensor:
     """The additive mask of a causal decoder whose batch is padded."""
-    at = torch.arange(q.shape[2])
+    at = torch.arange(M)
     allowed = (at <= at[:, None]) & pad[:, None, None, :]
-    return torch.where(allowed, 0.0, torch.finfo(q.dtype).min)
+    return torch.zeros(allowed.shape, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
 
 
 def padding() -> Tensor:
@@ -40,106 +46,128 @@ def padding() -> Tensor:
     return pad
 
 
-def three(layer: Callable[..., Tensor]) -> Callable[..., Tensor]:
-    """Three layers that share a mask, each called like the last."""
+def stack(once: Callable[..., Tensor]) -> Callable[..., Tensor]:
+    """Three layers that share a mask, each with weights of its own."""
 
-    def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q, pad)
-        for _ in range(3):
-            q = q + layer(q, k, v, mask)
-        return q
+    def model(x: Tensor, pad: Tensor, *weights: Tensor) -> Tensor:
+        mask = padded(x.shape[1], pad, x.dtype)
+        for own in weights:
+            x = once(x, own, mask)
+        return x
 
     return model
+
+
+def stacked() -> tuple[Tensor, ...]:
+    """The inputs of a stack."""
+    return randn(2, 6, 16), padding(), *(randn(4, 16, 16, seed=at) * 0.25 for at in range(3))
 
 
 @pytest.mark.parametrize("gradients", [True, False])
 @pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
 def test_a_region_that_is_compiled_once_reads_the_mask_around_it(downstream: str, gradients: bool) -> None:
-    options = {"downstream": downstream, "strict": True}
-    report = check(three(region), *qkv(), padding(), options=options, gradients=gradients)
-    # without gradients all three calls share one body; with them q asks for one only after the first
-    assert {verdict(r) for r in report.remarks} == {CAUSAL_AND_PADDED}
-    assert len(report.remarks) <= 2
+    model = stack(torch.compiler.nested_compile_region(layer))
+    report = check(model, *stacked(), options={"downstream": downstream}, gradients=gradients)
+    assert [r.score for r in report.fused] == [CAUSAL_AND_PADDED]
+    assert report.fused == report.remarks
 
 
 def test_a_region_with_another_mask_at_each_call_keeps_it_as_data() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q, pad)
+        mask = padded(q.shape[2], pad, q.dtype)
         return region(q, k, v, mask) + region(q, k, v, mask.roll(1, -1))
 
-    report = check(model, *qkv(), padding(), options={"strict": True})
+    report = check(model, *qkv(), padding())
     assert [r.code for r in report.remarks] == ["AF000"]
-    assert "<=" not in verdict(report.remarks[0])
+    assert "<=" not in report.remarks[0].score
 
 
 def test_a_mask_that_is_written_between_two_calls_is_read_by_each_as_it_is() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q, pad)
+        mask = padded(q.shape[2], pad, q.dtype)
         out = region(q, k, v, mask)
         mask.zero_()
         return out + region(q, k, v, mask)
 
-    check(model, *qkv(), padding(), options={"strict": True})
+    # with gradients stock refuses it
+    check(model, *qkv(), padding(), gradients=False)
 
 
 def test_what_the_mask_is_made_of_may_be_written_between_two_calls() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q, pad)
+        mask = padded(q.shape[2], pad, q.dtype)
         out = region(q, k, v, mask)
         pad.logical_not_()
         return out + region(q, k, v, mask)
 
-    check(model, *qkv(), padding(), options={"strict": True})
+    check(model, *qkv(), padding())
 
 
 def test_calls_of_a_region_with_and_without_gradient() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q, pad)
+        mask = padded(q.shape[2], pad, q.dtype)
+        out = region(q, k, v, mask)
         with torch.no_grad():
-            first = region(q, k, v, mask)
-        return first + region(q, k, v, mask)
+            return out + region(q, k, v, mask)
 
-    check(model, *qkv(), padding(), options={"strict": True})
+    report = check(model, *qkv(), padding())
+    # one body for both: which of them it is read for cannot be told
+    assert [r.code for r in report.remarks] == ["AF036", "AF036"]
 
 
 def test_a_region_within_a_region() -> None:
-    @torch.compiler.nested_compile_region
-    def outer(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-        return region(q * 2, k, v, mask) + 1
+    inner = torch.compiler.nested_compile_region(layer)
 
-    report = check(three(outer), *qkv(), padding(), options={"strict": True})
-    assert {verdict(r) for r in report.remarks} == {CAUSAL_AND_PADDED}
+    @torch.compiler.nested_compile_region
+    def outer(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        return inner(x * 0.5, weights, mask) + 1
+
+    report = check(stack(outer), *stacked())
+    assert [r.score for r in report.remarks] == [CAUSAL_AND_PADDED]
 
 
 @pytest.mark.lenient
 def test_a_region_that_fails_downstream_is_compiled_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Nothing that PyTorch made of the rewritten body is found when the original is compiled."""
     inner = compile_fx.compile_fx_inner
     hits: list[int] = []
 
     def failing(gm: Any, *args: Any, **kwargs: Any) -> Any:
-        if not hits and "attnfuse" in gm.print_readable(print_output=False):
+        if not hits:
             hits.append(1)
             raise RuntimeError("injected downstream")
         return inner(gm, *args, **kwargs)
 
     monkeypatch.setattr(compile_fx, "compile_fx_inner", failing)
-    report = check(three(region), *qkv(), padding(), options={"downstream": "inductor", "fx_graph_cache": False})
+    model = stack(torch.compiler.nested_compile_region(layer))
+    options = {"downstream": "inductor", "fx_graph_cache": False, "inline_scores": 0}
+    report = check(model, *stacked(), options=options)
     assert hits
     assert "AF043" in {r.code for r in report.remarks}
+
+
+def same_as_eager(model: Callable[..., Any], *given: Tensor) -> Report:
+    """Without a float64 oracle, which has no kernels for higher-order operators."""
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    with torch.no_grad(), listening(reports.append):
+        torch.testing.assert_close(torch.compile(model, backend="attnfuse")(*given), model(*given))
+    (report,) = reports
+    return report
 
 
 def test_attention_in_a_branch_has_a_remark() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         def attention(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return torch.softmax(q @ k.mT, -1) @ v
+            return (torch.softmax(q @ k.transpose(-1, -2), -1) @ v).contiguous()
 
-        def mean(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-            return F.scaled_dot_product_attention(q, k, v) * 2
+        def other(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+            return (F.scaled_dot_product_attention(q, k, v) * 2).contiguous()
 
-        return torch.cond(q.sum() > 0, attention, mean, (q, k, v)) + attention(q, k, v)
+        return torch.cond(q.sum() > 0, attention, other, (q, k, v)) + attention(q, k, v)
 
-    report = check(model, *qkv(), options={"strict": True})
-    assert sorted(r.code for r in report.remarks) == ["AF000", "AF036", "AF036"]
+    report = same_as_eager(model, *qkv())
+    assert sorted(r.code for r in report.remarks) == ["AF010", "AF036", "AF036"]
     assert all(r.facts["why"] == "cond" and "test_higher_order" in r.source for r in report.missed)
 
 
@@ -163,21 +191,18 @@ def test_the_backward_of_a_custom_function_is_the_models_own() -> None:
         own = Halved.apply(q @ k.mT) @ v
         return own + torch.softmax(q @ k.mT, -1) @ v
 
-    report = check(model, *qkv(), options={"strict": True})
-    assert sorted(r.code for r in report.remarks) == ["AF000", "AF036"]
+    report = check(model, *qkv())
+    assert sorted(r.code for r in report.remarks) == ["AF010", "AF036"]
 
 
 def test_flex_attention_is_kept() -> None:
     def bias(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
         return score + (m - n)
 
-    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        return flex_attention(q, k, v, score_mod=bias) + torch.softmax(q @ k.mT, -1) @ v
+    def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        return flex_attention(q, k, v, score_mod=bias, block_mask=blocks), torch.softmax(q @ k.mT, -1) @ v
 
+    blocks = create_block_mask(lambda b, h, m, n: n <= m, None, None, 128, 128, device="cpu")
     q, k, v = (randn(1, 2, 128, 16, seed=at) for at in range(3))
-    reports: list[Report] = []
-    with listening(reports.append):
-        torch._dynamo.reset()
-        compare(model, torch.compile(model, backend="attnfuse", options={"strict": True}), q, k, v, gradients=False)
-    (report,) = reports
-    assert sorted(r.code for r in report.remarks) == ["AF000", "AF002"]
+    report = same_as_eager(model, q, k, v)
+    assert sorted(r.code for r in report.remarks) == ["AF002", "AF010"]

@@ -246,3 +246,35 @@ def test_slices_to_one_element(at: str) -> None:
 
     report = check(biased, *qkv(), torch.linspace(-2, 2, 36).view(6, 6))
     assert [r.kind for r in report.remarks] == ["fused"]
+
+
+def _rounded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """Scores in float32 that the softmax takes in the type of q."""
+    return torch.softmax((q @ k.mT).float() * 0.5 + mask, -1, dtype=q.dtype) @ v
+
+
+@pytest.mark.parametrize(("least", "fused"), [(torch.bfloat16, True), (torch.float32, False)])
+def test_scores_rounded_to_bfloat16_before_the_softmax(least: torch.dtype, fused: bool) -> None:
+    """The least float32 becomes -inf, and a row of it NaN; the least bfloat16 stays, and its row is uniform."""
+    q, k, v = qkv(dtype=torch.bfloat16)
+    least_number = torch.finfo(least).min
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(6)
+        mask = torch.zeros(6, 6).masked_fill(at >= at[:, None], least_number)
+        # float64 would not tell of an empty row whether it is NaN
+        return _rounded(q, k, v, mask)[:, :, 0 if fused else 1 :]
+
+    (remark,) = check(masked, q, k, v, gradients=False).remarks
+    assert (remark.kind == "fused") is fused
+    assert fused or remark.code == "AF024"
+
+
+def test_a_float32_mask_on_scores_that_are_rounded_to_bfloat16() -> None:
+    """It may hold what becomes -inf."""
+    q, k, v = qkv(dtype=torch.bfloat16)
+    dense = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), MIN)
+    report = check(_rounded, q, k, v, dense, gradients=False)
+    assert [r.code for r in report.remarks] == ["AF024"]
+    (remark,) = check(_rounded, q, k, v, dense.clamp_min(-1e4).bfloat16(), gradients=False).remarks
+    assert remark.kind == "fused"

@@ -27,7 +27,7 @@ from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.recognise import Site, anchors, recognise
 from attnfuse.passes.respell import RESPELLED, respell
-from attnfuse.passes.rewrite import insert, prune_operands, rename_body
+from attnfuse.passes.rewrite import hand_over, insert, prune_operands
 from attnfuse.passes.settle import settle
 from attnfuse.passes.verify import checker
 from attnfuse.remark import Remark, Report
@@ -142,7 +142,7 @@ def rewritten(work: Work) -> None:
     if work.fused:
         for scope in reversed(work.scopes):
             prune_operands(scope)
-            rename_body(scope)
+            hand_over(scope)
             scope.module.graph.lint()
             scope.module.recompile()
 

@@ -55,8 +55,6 @@ def _within(graph: fx.GraphModule, call: fx.Node) -> Iterator[fx.Node]:
 def _name(node: fx.Node) -> str:
     if isinstance(node.target, torch._ops.OpOverload):
         return node.target._opname
-    if isinstance(node.target, torch._ops.HigherOrderOperator):
-        return node.target.name()
     return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 

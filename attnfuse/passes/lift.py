@@ -109,7 +109,9 @@ class Scope:
         self.outer = outer
         self.calls = tuple(calls)
         inputs = module.graph.find_nodes(op="placeholder") if calls else []
-        self.given = dict(zip(inputs, zip(*map(passed_by, calls), strict=True), strict=True))
+        self.given: dict[fx.Node, tuple[object, ...]] = dict(
+            zip(inputs, zip(*map(passed_by, calls), strict=True), strict=True)
+        )
         """For each input of a body what the calls pass for it, one operand a call."""
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Outputs of attentions that have been rewritten, with what stands in their place."""
@@ -155,7 +157,8 @@ class Scope:
     def passed(self, node: fx.Node) -> fx.Node | None:
         """The one node around a body that all calls pass for this input of it."""
         given = self.given.get(node, ())
-        return given[0] if given and isinstance(given[0], fx.Node) and all(x is given[0] for x in given) else None
+        first = given[0] if given else None
+        return first if isinstance(first, fx.Node) and all(x is first for x in given) else None
 
     def current(self, node: fx.Node) -> fx.Node:
         """The node, or what has taken its place."""
@@ -263,7 +266,7 @@ class Lifter:
             raise Unliftable("written in place")
         passed = self.scope.passed(node)
         if passed is not None and self.scope.outer is not None:
-            return self.scope.outer.lifter.lift(passed, index)
+            return self._around(passed, index)
         if node.op == "get_attr":
             return Const(_constant(self.scope.module, node))
         found = contraction(node)
@@ -280,6 +283,17 @@ class Lifter:
             return expr
         check_type(expr, fake(node).dtype, self.computed_in)
         return self.collapsed(node, index, expr)
+
+    def _around(self, passed: fx.Node, index: tuple[Index, ...]) -> Expr:
+        """The element of an input of a body, as the graph around it computes it."""
+        assert self.scope.outer is not None
+        expr = self.scope.outer.lifter.lift(passed, index)
+        # its operands are kept for the backward, by a node of autograd that refuses what was written to since
+        if any(call.target is torch.ops.higher_order.invoke_subgraph for call in self.scope.calls):
+            sources = (self.scope.table.leaves[load.leaf] for load in loads(expr))
+            if any(source.scope.storage.writes(source.node) for source in sources):
+                raise Unliftable("made of what is written to")
+        return expr
 
     def _score(self, found: Contraction, index: tuple[Index, ...], claimant: Claimant) -> Expr:
         if not claimant.claim(found, index):

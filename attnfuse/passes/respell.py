@@ -38,8 +38,10 @@ of a mask may overflow without that."""
 def respell(graph: fx.Graph, leave: Container[str] = ()) -> int:
     """Rewrites every softmax that is written out, but for those named in `leave`; returns how many there were."""
     mark_no_grad(graph)
-    count = _written_out(graph, leave)
     storage = Storage(graph)
+    count = _written_out(graph, leave, storage)
+    if count:
+        storage = Storage(graph)
     for node in list(graph.nodes):
         if packet(node) in ("softmax", "_softmax") and node.name not in leave:
             changed = _unshifted(node, storage) + _split_into_rows(node)
@@ -49,8 +51,7 @@ def respell(graph: fx.Graph, leave: Container[str] = ()) -> int:
     return count
 
 
-def _written_out(graph: fx.Graph, leave: Container[str]) -> int:
-    storage = Storage(graph)
+def _written_out(graph: fx.Graph, leave: Container[str], storage: Storage) -> int:
     count = 0
     for node in list(graph.nodes):
         if node.name in leave:

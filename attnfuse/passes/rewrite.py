@@ -476,9 +476,15 @@ def prune_operands(scope: Scope) -> None:
     erase(scope.outer.module.graph, [x for x in given if isinstance(x, fx.Node)])
 
 
-def rename_body(scope: Scope) -> None:
-    """PyTorch keeps what it made of an `invoke_subgraph` body under the body's name, for as long as Dynamo's graph is compiled:
-    should the rewritten graph fail downstream, the original must not find it."""
+def hand_over(scope: Scope) -> None:
+    """Makes a body that `invoke_subgraph` calls one that PyTorch has not seen, to be looked at anew.
+
+    What it made of a body it keeps under the body's name for as long as Dynamo's graph is compiled: should the rewritten graph fail
+    downstream, the original must not find it. Which outputs ask for a gradient it reads off their `meta`, where a retrace leaves
+    none that do; without, it runs the body, as it does with Dynamo's.
+    """
     for call in scope.calls:
         if call.target is torch.ops.higher_order.invoke_subgraph:
             call.update_arg(1, f"{call.args[1]}_attnfuse")
+            for out in scope.module.graph.output_node().all_input_nodes:
+                out.meta.pop("val", None)

@@ -25,9 +25,12 @@ def settle(graph: fx.Graph) -> int:
     _take_out_idle_dropout(graph)
     _name_likes(graph)
     _drop_unread(graph)
-    storage = Storage(graph)
     replaced = 0
-    for node in list(graph.nodes):
+    written = [node for node in graph.nodes if _functional(node) is not None]
+    if not written:
+        return 0
+    storage = Storage(graph)
+    for node in written:
         functional = _functional(node)
         if functional is None:
             continue
@@ -122,6 +125,8 @@ def _keeps_type(node: fx.Node, source: fx.Node) -> bool:
 
 def _drop_unread(graph: fx.Graph) -> None:
     """Takes out tensors that nothing reads, with the writes to them: statistics of the weights that were not asked for."""
+    if not any(_is_statistic(n) and not n.users for n in graph.nodes):
+        return
     storage = Storage(graph)
     live: set[fx.Node] = set()
     todo = [n for n in graph.nodes if not _may_be_dropped(n, storage)]
@@ -144,23 +149,24 @@ def _written_by(storage: Storage, node: fx.Node) -> list[fx.Node]:
     return [n for n, at in storage.position.items() if at in places] if places else []
 
 
-def _may_be_dropped(node: fx.Node, storage: Storage) -> bool:
-    """Whether a node has no effect but on storage that is made in this graph, and draws no random numbers."""
+def _is_statistic(node: fx.Node) -> bool:
+    """Whether a node is of the kind that may be dropped, or takes a result of such a node apart."""
     if node.op != "call_function":
         return False
     if getattr(node.target, "__name__", "") == "getitem":
         return True
-    target = node.target
-    if not isinstance(target, torch._ops.OpOverload) or target.namespace != "aten":
+    if packet(node).rstrip("_") not in _STATISTICS:
         return False
     values = node.meta.get("val")
     values = values if isinstance(values, tuple | list) else (values,)
-    if (
-        not values
-        or not all(isinstance(x, torch.Tensor) for x in values)
-        or packet(node).rstrip("_") not in _STATISTICS
-    ):
-        return False
+    return bool(values) and all(isinstance(x, torch.Tensor) for x in values)
+
+
+def _may_be_dropped(node: fx.Node, storage: Storage) -> bool:
+    """Whether a node has no effect but on storage that is made in this graph, and draws no random numbers."""
+    if not _is_statistic(node) or not isinstance(node.target, torch._ops.OpOverload):
+        return _is_statistic(node)
+    target = node.target
     written = [
         node.args[i]
         for i, arg in enumerate(target._schema.arguments)
