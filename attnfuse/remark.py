@@ -165,8 +165,10 @@ CODES: Final[dict[str, Code]] = {
     "AF036": Code(
         "missed",
         "it stands in the body of an operator that is left in place",
-        "A branch of torch.cond, a step of a scan or a loop, a custom autograd function: its body is compiled as it stands.",
-        "Move the attention out of that body; torch.utils.checkpoint and nested_compile_region are looked into.",
+        "A branch of torch.cond, a step of a scan or a loop, a custom autograd function, a nested_compile_region that returns the"
+        " attention itself: the body is compiled as it stands.",
+        "Move the attention out of that body; those of torch.utils.checkpoint and nested_compile_region are looked into where all"
+        " calls of one body agree.",
     ),
     "AF040": Code(
         "failed",

@@ -67,9 +67,7 @@ class Forward:
         model.to(torch.float64 if variant.exact else self.dtype)
         floating = next(model.parameters()).dtype
         given = {name: x.to(floating) if x.is_floating_point() else x for name, x in self.inputs().items()}
-        extra = {"use_cache": False} if "input_ids" in given or "decoder_input_ids" in given else {}
-        if getattr(config, "use_cache", None) is None:
-            extra = {}
+        extra = {} if getattr(config, "use_cache", None) is None else {"use_cache": False}
         call = model if variant.backend is None else torch.compile(model, backend=variant.backend)
 
         @torch.no_grad()

@@ -169,6 +169,7 @@ def _results(fn: Function, inputs: tuple[object, ...], gradients: bool) -> dict[
         total = torch.zeros((), dtype=torch.float64)
         for at, out in enumerate(outputs):
             found[f"output {at}"] = out.detach() if isinstance(out, Tensor) else out
+            found[f"gradient of output {at} is wanted"] = isinstance(out, Tensor) and out.requires_grad
             if isinstance(out, Tensor) and out.requires_grad:
                 generator = torch.Generator().manual_seed(at)
                 weights = torch.randn(out.shape, generator=generator, dtype=torch.float64).to(out.dtype)

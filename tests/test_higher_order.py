@@ -73,13 +73,62 @@ def test_a_region_that_is_compiled_once_reads_the_mask_around_it(downstream: str
 
 
 def test_a_region_with_another_mask_at_each_call_keeps_it_as_data() -> None:
-    def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
-        mask = padded(q.shape[2], pad, q.dtype)
-        return region(q, k, v, mask) + region(q, k, v, mask.roll(1, -1))
+    once = torch.compiler.nested_compile_region(layer)
 
-    report = check(model, *qkv(), padding())
-    assert [r.code for r in report.remarks] == ["AF000"]
-    assert "<=" not in report.remarks[0].score
+    def model(x: Tensor, pad: Tensor, weights: Tensor) -> Tensor:
+        mask = padded(x.shape[1], pad, x.dtype)
+        return once(once(x, weights, mask), weights, mask.roll(1, -1))
+
+    (remark,) = check(model, *stacked()[:3]).remarks
+    assert remark.kind == "fused"
+    assert "<=" not in remark.score
+
+
+@pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
+def test_bodies_of_one_region_with_a_mask_each(downstream: str) -> None:
+    """Called in the graph and within another region, a region has two bodies, and Dynamo gives them one name."""
+    once = torch.compiler.nested_compile_region(layer)
+
+    @torch.compiler.nested_compile_region
+    def around(x: Tensor, weights: Tensor, mask: Tensor) -> Tensor:
+        return once(x * 2, weights, mask) * 1.5
+
+    def model(x: Tensor, pad: Tensor, weights: Tensor) -> Tensor:
+        forward = padded(x.shape[1], pad, x.dtype)
+        at = torch.arange(x.shape[1])
+        backward = torch.zeros(6, 6, dtype=x.dtype).masked_fill(at < at[:, None], -torch.inf)
+        return once(x, weights, forward) + around(x, weights, backward)
+
+    report = check(model, *stacked()[:3], options={"downstream": downstream})
+    assert {r.score for r in report.fused} == {CAUSAL_AND_PADDED, "s*0.5 where n >= m else -inf"}
+
+
+@pytest.mark.parametrize("gradients", [True, False])
+def test_a_region_that_returns_the_attention(gradients: bool) -> None:
+    """Inductor overwrites what a body both returns and keeps for the backward (torch 2.13); without gradients nothing is kept."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return region(q, k, v, bias) + region(q * 2, k, v, bias)
+
+    report = check(model, *qkv(), randn(4, 6, 6), options={"downstream": "inductor"}, gradients=gradients)
+    assert [r.code for r in report.remarks] == ["AF036" if gradients else "AF000"]
+
+
+def test_outputs_of_a_region_that_have_no_gradient() -> None:
+    @torch.compiler.nested_compile_region
+    def once(x: Tensor, weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        out = layer(x, weights, mask)
+        return out, out.detach().square().mean()
+
+    def model(x: Tensor, pad: Tensor, *weights: Tensor) -> tuple[Tensor, Tensor]:
+        mask, total = padded(x.shape[1], pad, x.dtype), x.detach().sum()
+        for own in weights:
+            x, size = once(x, own, mask)
+            total = total + size
+        return x, total
+
+    report = check(model, *stacked())
+    assert report.fused
 
 
 def test_a_mask_that_is_written_between_two_calls_is_read_by_each_as_it_is() -> None:
@@ -96,9 +145,9 @@ def test_a_mask_that_is_written_between_two_calls_is_read_by_each_as_it_is() -> 
 def test_what_the_mask_is_made_of_may_be_written_between_two_calls() -> None:
     def model(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
         mask = padded(q.shape[2], pad, q.dtype)
-        out = region(q, k, v, mask)
+        out = region(q, k, v, mask) * 2
         pad.logical_not_()
-        return out + region(q, k, v, mask)
+        return out + region(q, k, v, mask) * 2
 
     check(model, *qkv(), padding())
 

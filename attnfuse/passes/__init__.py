@@ -140,9 +140,9 @@ def rewritten(work: Work) -> None:
         remark = found if isinstance(found, Remark) else _guarded(work, anchor, lambda s=found: _rewrite(work, s))  # type: ignore[misc]
         work.remarks.append(remark)
     if work.fused:
-        for scope in reversed(work.scopes):
+        for number, scope in reversed([*enumerate(work.scopes)]):
             prune_operands(scope)
-            hand_over(scope)
+            hand_over(scope, number)
             scope.module.graph.lint()
             scope.module.recompile()
 

@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnfuse.passes.graph import module_path, source_line
-from attnfuse.passes.normalise import NORMALISED
+from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
 from attnfuse.remark import Remark
 
 _IO_AWARE: Final = (
@@ -35,8 +35,10 @@ def kept(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Remark]]:
         if any(part in name for part in _IO_AWARE) and "backward" not in name:
             yield node, _remark("AF002", node, name)
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and NORMALISED not in node.meta:
-            for softmax in _within(graph, node):
-                yield softmax, _remark("AF036", softmax, name)
+            why = f"{name}, whose calls differ in mode or layout" if name in NORMALISED_BODIES else name
+            for found in _within(graph, node):
+                kernel = _name(found) not in _SOFTMAXES
+                yield found, _remark("AF002", found, _name(found)) if kernel else _remark("AF036", found, why)
 
 
 def _within(graph: fx.GraphModule, call: fx.Node) -> Iterator[fx.Node]:

@@ -21,7 +21,7 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet
 from attnfuse.passes.index import Index, Unliftable, size_of, value
-from attnfuse.passes.normalise import INLINED_BODIES, NORMALISED
+from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
 from attnfuse.passes.rules import MOVES, RULES, At, as_float, check_type
 from attnfuse.passes.views import broadcast, cuts_gradient
 from attnfuse.score import Call, Const, Expr, Load, S, Var, call, free_vars, loads, walk
@@ -344,7 +344,7 @@ def _constant(module: fx.GraphModule, node: fx.Node) -> bool | int | float:
 
 def passed_by(call: fx.Node) -> tuple[Any, ...]:
     """What a call of a higher-order operator passes to its body."""
-    return call.args[INLINED_BODIES[str(call.target)] :]
+    return call.args[NORMALISED_BODIES[str(call.target)] :]
 
 
 def _bodies(graph: fx.GraphModule) -> list[tuple[str, list[fx.Node]]]:

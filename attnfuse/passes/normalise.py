@@ -47,9 +47,9 @@ __all__ = ["NormaliseError", "normalise"]
 aten = torch.ops.aten
 Sym: Final = (torch.SymInt, torch.SymFloat, torch.SymBool)
 
-# Higher-order operators whose body AOTAutograd runs node by node, like the graph around it, with the number of arguments
-# that stand before the operands, the body among them.
-INLINED_BODIES: Final[Mapping[str, int]] = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
+# Higher-order operators whose bodies are normalised like the graph around them, with the number of arguments that stand before
+# the operands, the body among them. AOTAutograd runs a checkpoint's node by node; an `invoke_subgraph` it traces by itself.
+NORMALISED_BODIES: Final[Mapping[str, int]] = {"tag_activation_checkpoint": 1, "invoke_subgraph": 2}
 NORMALISED: Final = "attnfuse_normalised"
 """In `meta` of a call of such an operator: its body is normalised too."""
 
@@ -225,8 +225,15 @@ class _Retrace:
     def _body(self, body: _Body) -> fx.GraphModule:
         own = [_recorded(node) for node in body.module.graph.find_nodes(op="placeholder")]
         if len(own) == len(body.operands) and all(map(_same_metadata, own, body.operands)):
-            return self.trace(body.module)
-        return _Retrace(self.fake_mode, recall=False).trace(body.module, body.operands)
+            new = self.trace(body.module)
+        else:
+            new = _Retrace(self.fake_mode, recall=False).trace(body.module, body.operands)
+        # PyTorch reads off it which outputs have no gradient
+        outputs = (pytree.tree_leaves(module.graph.output_node().args) for module in (body.module, new))
+        for old, out in zip(*outputs, strict=True):
+            if isinstance(old, fx.Node) and isinstance(out, fx.Node) and "example_value" in old.meta:
+                out.meta.setdefault("example_value", old.meta["example_value"])
+        return new
 
 
 class _Replay(fx.Interpreter):
@@ -558,7 +565,7 @@ class _Replay(fx.Interpreter):
         out.node.meta["val"] = value
         if "unbacked_bindings" in n.meta:
             out.node.meta["unbacked_bindings"] = n.meta["unbacked_bindings"]
-        leading = INLINED_BODIES.get(str(target))
+        leading = NORMALISED_BODIES.get(str(target))
         if leading is not None and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
             autocasts = tuple(args for args, _ in self._autocasts)
             body = _Body(out.node, args[0], args[leading:], torch.is_grad_enabled(), autocasts)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Final
 
 import torch
 from torch import fx
@@ -35,7 +35,23 @@ from attnfuse.passes.peel import (
 from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.rules import as_float
 from attnfuse.passes.views import broadcast, cuts_gradient, through_view
-from attnfuse.score import TRUE, Call, Const, Expr, Program, S, Tier, Var, call, free_vars, loads, substitute, walk
+from attnfuse.score import (
+    BOOLEANS,
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Load,
+    Program,
+    S,
+    Tier,
+    Var,
+    call,
+    free_vars,
+    loads,
+    substitute,
+    walk,
+)
 
 FLOATS = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODE_SWITCHES = (
@@ -303,7 +319,7 @@ def _with_queries(
     if claim.found is None:
         return None
     program = program_of(expr, fake(source).dtype)
-    _check_rounding(scope, softmax, source, expr)
+    _check_rounding(scope, softmax, source, claim.found.node, expr)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
     leaves = scope.table.leaves
@@ -329,19 +345,40 @@ def _with_queries(
     return _assembled(scope, softmax, source, n_dim, claim, down, value, axes, program, (q, k, v), depth)
 
 
-def _check_rounding(scope: Scope, softmax: fx.Node, source: fx.Node, expr: Expr) -> None:
-    """Raises Miss AF024 where the softmax runs in a type that makes infinities of scores.
+def _check_rounding(scope: Scope, softmax: fx.Node, source: fx.Node, product: fx.Node, expr: Expr) -> None:
+    """Raises Miss AF024 where the softmax runs in a type in which scores are rounded, or become infinite.
 
-    bfloat16 has float32's range but for its greatest values: a fill of finfo(float32).min becomes -inf, that of bfloat16 stays.
+    Allowed are scores of bfloat16 operands that were float32 in between, where none can be rounded to -inf: bfloat16 has float32's
+    range but for its greatest values, so that a fill of finfo(bfloat16).min stays what it is, if nothing makes it larger.
     """
     dtype, before = fake(softmax).dtype, fake(source).dtype
     if torch.finfo(dtype).max >= torch.finfo(before).max:
         return
-    leaves = (fake(scope.table.leaves[load.leaf].node).dtype for load in added_loads(expr))
-    wide = any(x.is_floating_point and torch.finfo(x).max > torch.finfo(dtype).max for x in leaves)
-    fills = any(isinstance(e, Const) and torch.finfo(dtype).max < abs(e.value) < math.inf for e in walk(expr))
-    if (before, dtype) != (torch.float32, torch.bfloat16) or wide or fills:
+    low = (before, dtype, fake(product).dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    leaves = [fake(scope.table.leaves[load.leaf].node).dtype for load in added_loads(expr)]
+    narrow = len(leaves) < 2 and all(x.itemsize < 4 or not x.is_floating_point for x in leaves)
+    if not (low and narrow and all(map(_is_no_larger, walk(expr)))):
         raise Miss("AF024", softmax, f"the scores are rounded from {before} to {dtype}")
+
+
+def _is_no_larger(expr: Expr) -> bool:
+    """Whether a step makes nothing of finfo(bfloat16).min that is larger still."""
+    if isinstance(expr, Const):
+        return abs(expr.value) <= _ORDINARY or expr.value in (torch.finfo(torch.bfloat16).min, -math.inf)
+    if not isinstance(expr, Call) or not any(map(_may_be_least, walk(expr))):
+        return True
+    if expr.op in ("mul", "div"):
+        factor = next((float(x.value) for x in expr.args[::-1] if isinstance(x, Const)), 0.0)
+        return 0 < factor <= 1 if expr.op == "mul" else factor >= 1
+    return expr.op in ("add", "where", *BOOLEANS)
+
+
+# What is smaller is lost beside the least number, in every type of its range.
+_ORDINARY: Final = 2.0**100
+
+
+def _may_be_least(expr: Expr) -> bool:
+    return isinstance(expr, Load) or (isinstance(expr, Const) and abs(expr.value) > _ORDINARY)
 
 
 def _is_plain_in_empty_rows(lse: fx.Node, program: Program, down: Descent) -> bool:
@@ -721,11 +758,31 @@ def _check(site: Site) -> None:
         if first < at < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
             raise Miss("AF034", node, str(getattr(node.target, "__name__", "")))
     _check_writes(site, last)
+    _check_returned(site)
     if site.lse is not None:
         leaves = {site.scope.table.leaves[x.leaf] for top in site.program.expressions() for x in loads(top)}
         needed = {site.q.node, site.k.node, site.v.node, *(x.node for x in leaves if x.scope is site.scope)}
         if any(position[x] > position[site.place] for x in needed):
             raise Miss("AF025", site.lse, f"by `{site.lse.name}`, before v is known")
+
+
+def _check_returned(site: Site) -> None:
+    """Raises Miss AF036 if a body that `invoke_subgraph` calls returns an attention with gradient, or a view of it.
+
+    The operator keeps its output for the backward, as scaled_dot_product_attention does. Inductor does not know that the two
+    are one tensor, and may write to the returned one (torch 2.13).
+    """
+    if not any(call.target is torch.ops.higher_order.invoke_subgraph for call in site.scope.calls):
+        return
+    leaves = (site.scope.table.leaves[x.leaf] for top in site.program.expressions() for x in loads(top))
+    given = [*((site.scope, x.node) for x in (site.q, site.k, site.v)), *((x.scope, x.node) for x in leaves)]
+    wanted = any(scope.may_require_grad(node) for scope, node in given)
+    if cuts_gradient(site.anchor) or not torch.is_grad_enabled() or not wanted:
+        return
+    storage = site.scope.storage
+    kept = {storage.root(x) for x in (site.out, site.lse) if x is not None}
+    if any(storage.root(x) in kept for x in site.scope.module.graph.output_node().all_input_nodes):
+        raise Miss("AF036", site.out, "invoke_subgraph, which returns it")
 
 
 def _check_writes(site: Site, last: int) -> None:

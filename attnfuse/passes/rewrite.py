@@ -94,7 +94,7 @@ def insert(
                 for old, new in pairs:
                     check(old, new)
         except Exception:
-            # a new placeholder is an operand of the checkpoint already; `prune_operands` takes it out again
+            # a new placeholder is an operand of the body's calls already; `prune_operands` takes it out again
             for node in reversed([n for n in graph.nodes if id(n) not in before and n.op != "placeholder"]):
                 graph.erase_node(node)
             raise
@@ -461,7 +461,7 @@ def _number(expr: Any, scope: Scope, node: fx.Node, here: Scope) -> fx.Node:
 
 
 def prune_operands(scope: Scope) -> None:
-    """Operands of a checkpoint that its body no longer reads are no longer passed, nor computed."""
+    """Operands that a body no longer reads are no longer passed to it, nor computed."""
     if scope.outer is None:
         return
     inputs = scope.module.graph.find_nodes(op="placeholder")
@@ -476,15 +476,18 @@ def prune_operands(scope: Scope) -> None:
     erase(scope.outer.module.graph, [x for x in given if isinstance(x, fx.Node)])
 
 
-def hand_over(scope: Scope) -> None:
+def hand_over(scope: Scope, number: int) -> None:
     """Makes a body that `invoke_subgraph` calls one that PyTorch has not seen, to be looked at anew.
 
-    What it made of a body it keeps under the body's name for as long as Dynamo's graph is compiled: should the rewritten graph fail
-    downstream, the original must not find it. Which outputs ask for a gradient it reads off their `meta`, where a retrace leaves
-    none that do; without, it runs the body, as it does with Dynamo's.
+    What it made of a body it keeps by the name in the call while Dynamo's graph is compiled. Should the rewritten graph fail
+    downstream, the original must not find it; and bodies that had one name, the same code called in two graphs, may now differ.
+    Which outputs ask for a gradient it reads off their `val`, where a retrace leaves none that do; without, it runs the body.
+
+    Args:
+        number: of the body among those of the graph.
     """
     for call in scope.calls:
         if call.target is torch.ops.higher_order.invoke_subgraph:
-            call.update_arg(1, f"{call.args[1]}_attnfuse")
+            call.update_arg(1, f"{call.args[1]}_attnfuse{number}")
             for out in scope.module.graph.output_node().all_input_nodes:
                 out.meta.pop("val", None)

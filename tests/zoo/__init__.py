@@ -9,10 +9,13 @@ The classes are looked up when a model is built, so an older transformers or a m
 
 from __future__ import annotations
 
-from . import audio, decoders, encoders, multimodal, seq2seq, timm_models, vision
+from . import audio, decoders, encoders, multimodal, seq2seq, timm_models, torchvision_stub, vision
 from .entry import Entry, Inputs, MissingArchitecture, call
 
 __all__ = ["ENTRIES", "Entry", "Inputs", "MissingArchitecture", "call"]
+
+# before anything looks for the models of transformers
+torchvision_stub.prepare()
 
 MODULES = (decoders, encoders, seq2seq, vision, audio, multimodal, timm_models)
 

@@ -95,23 +95,25 @@ def build(cell: Cell, dropout: float = 0.0) -> nn.Module:
     return model.train(cell.mode != "inference")
 
 
-def compiled(model: nn.Module) -> Any:
-    """A copy of the model, compiled with attnfuse; operators downstream run as they stand."""
+def compiled(model: nn.Module, downstream: str) -> Any:
+    """A copy of the model, compiled with attnfuse."""
     torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(model), backend="attnfuse", options={"downstream": "aot_eager"})
+    return torch.compile(copy.deepcopy(model), backend="attnfuse", options={"downstream": downstream})
 
 
-def found_in(cell: Cell) -> list[Report]:
+def found_in(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
     """What is reported of each graph of the cell's model, with a dropout that drops."""
     reports: list[Report] = []
     with listening(reports.append):
-        found = results(compiled(build(cell, PROBABILITY)), cell.entry.inputs(cell.masked), cell.mode != "inference")
+        found = results(
+            compiled(build(cell, PROBABILITY), downstream), cell.entry.inputs(cell.masked), cell.mode != "inference"
+        )
     for key, value in found.items():
         assert value.isfinite().all() or cell.mode != "dropout", f"{key} is not finite with dropout"
     return reports
 
 
-def compared(cell: Cell) -> list[Report]:
+def compared(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
     """Compiles the cell's model, compares it with eager and with float64 by the numerics contract, and returns the reports.
 
     Raises:
@@ -121,9 +123,13 @@ def compared(cell: Cell) -> list[Report]:
     model, given = build(cell, NEVER), cell.entry.inputs(cell.masked)
     reports: list[Report] = []
     with listening(reports.append):
-        actual = results(compiled(model), given, training)
+        actual = results(compiled(model, downstream), given, training)
     original = results(model, given, training)
-    exact, scales = models.exact(model, lambda double: _exactly(double, given, training))
+    if cell.entry.float64:
+        exact, scales = models.exact(model, lambda double: _exactly(double, given, training))
+    else:
+        exact, scales = _exactly(copy.deepcopy(model).float(), given, training)
+        exact = {key: value.double() for key, value in exact.items()}
     assert actual.keys() == original.keys() == exact.keys()
     for key, value in exact.items():
         scale = max(scales.get(key, 0.0), float(value.abs().max()))
@@ -131,12 +137,12 @@ def compared(cell: Cell) -> list[Report]:
     return reports
 
 
-def _exactly(double: nn.Module, given: Inputs, training: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
-    if hasattr(double, "set_experts_implementation"):
+def _exactly(wide: nn.Module, given: Inputs, training: bool) -> tuple[dict[str, Tensor], dict[str, float]]:
+    if hasattr(wide, "set_experts_implementation"):
         # the fused product of experts takes no float64
-        double.set_experts_implementation("batched_mm")
-    with models.gradient_scales(double) as scales:
-        return results(double, given, training), scales
+        wide.set_experts_implementation("batched_mm")
+    with models.gradient_scales(wide) as scales:
+        return results(wide, given, training), scales
 
 
 def pairs(chosen: list[Cell]) -> Iterator[tuple[str, str]]:

@@ -12,6 +12,7 @@ right; the graphs; and how many of the attentions stock Inductor's patterns matc
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import multiprocessing
 import os
@@ -22,6 +23,7 @@ import time
 from collections import Counter, defaultdict
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Final
 
@@ -37,6 +39,7 @@ UNDERSTOOD, TAKEN = 0.98, 0.95
 # The codes of attentions that are left alone because that was measured to be faster.
 MEASURED: Final = frozenset({"AF031"})
 LIMIT_S: Final = 600
+PART: Final = 24
 
 Row = dict[str, Any]
 
@@ -58,13 +61,20 @@ def row(cell: Cell, *, with_stock: bool) -> Row:
             found |= _stock(cell)
     except MissingArchitecture as error:
         return {"name": cell.name, "missing": str(error)}
+    except TooLongError:
+        counts = dict.fromkeys(("fused", "kept", "declined", "missed", "failed", "graphs"), 0)
+        found |= {"correct": False, "error": f"longer than {LIMIT_S} s", "codes": {}, **counts}
     finally:
         signal.alarm(0)
     return found | {"seconds": round(time.monotonic() - start, 1)}
 
 
+class TooLongError(BaseException):
+    """No Exception, which a compiler may catch on the way."""
+
+
 def _too_long(number: int, frame: object) -> None:
-    raise TimeoutError(f"longer than {LIMIT_S} s")
+    raise TooLongError
 
 
 def _outcome(cell: Cell) -> Row:
@@ -72,26 +82,35 @@ def _outcome(cell: Cell) -> Row:
 
     from . import cells as ways
 
-    found: Row = {"correct": False}
-    try:
-        reports = ways.compared(cell)
-        if cell.mode == "dropout":
-            reports = ways.found_in(cell)
-        found["correct"] = True
-    except MissingArchitecture:
-        raise
-    except Exception as error:
-        found["error"] = f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"
+    found: Row = {}
+    reports: list[Report] = []
+    # some graphs run as Inductor's code and not operator by operator, with attnfuse and without
+    for downstream in ("aot_eager", "inductor"):
+        found = {"correct": False, "downstream": downstream}
         try:
-            reports = ways.found_in(cell)
-        except Exception as again:
-            reports = []
-            found["raised"] = f"{type(again).__name__}: {str(again).strip().splitlines()[0][:300]}"
+            reports = ways.compared(cell, downstream)
+            if cell.mode == "dropout":
+                reports = ways.found_in(cell, downstream)
+            found["correct"] = True
+            break
+        except MissingArchitecture:
+            raise
+        except AssertionError as error:
+            found["error"] = _first_line(error)
+            with contextlib.suppress(Exception):
+                reports = ways.found_in(cell, downstream)
+            break
+        except Exception as error:
+            found["error"] = found["raised"] = _first_line(error)
     merged = Report(()).merge(*reports)
     kinds = Counter(remark.kind for remark in merged.remarks)
     found |= {kind: kinds[kind] for kind in ("fused", "kept", "declined", "missed", "failed")}
     codes = Counter(remark.code for remark in merged.remarks)
     return found | {"codes": dict(sorted(codes.items())), "graphs": len(reports)}
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0][:300]}"
 
 
 def _stock(cell: Cell) -> Row:
@@ -125,7 +144,7 @@ def _stock(cell: Cell) -> Row:
             model = torch.compile(ways.build(cell, ways.PROBABILITY), backend=backend)
             ways.results(model, cell.entry.inputs(cell.masked), training)
     except Exception as error:
-        return {"stock_error": f"{type(error).__name__}: {str(error).strip().splitlines()[0][:300]}"}
+        return {"stock_error": _first_line(error)}
     matched = counters["inductor"]["fuse_attention"]
     # in training the replacement is traced twice
     return {"stock": matched // 2 if training else matched, "stock_kernels": len(kernels), "stock_graphs": len(graphs)}
@@ -135,18 +154,22 @@ def read() -> dict[str, Row]:
     """The rows so far, by name; a later one counts."""
     if not ROWS.exists():
         return {}
-    rows = (json.loads(line) for line in ROWS.read_text().splitlines())
+    # the last line may have been cut off
+    rows = (json.loads(line) for line in ROWS.read_text().splitlines() if line.endswith("}"))
     return {found["name"]: found for found in rows}
 
 
 def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[Row]:
-    """The rows of cells as they come, each computed in a process that does a few and leaves."""
+    """The rows of cells as they come, each computed in a process that does a few and leaves: a compiler's memory does not shrink."""
     context = multiprocessing.get_context("spawn")
-    # a compiler's memory does not shrink
-    with ProcessPoolExecutor(jobs, context, _alone, max_tasks_per_child=24) as pool:
-        tasks = [pool.submit(row, cell, with_stock=with_stock) for cell in chosen]
-        for task in as_completed(tasks):
-            yield task.result()
+    # max_tasks_per_child hangs in Python 3.11 (python/cpython#115634)
+    for start in range(0, len(chosen), PART * jobs):
+        with ProcessPoolExecutor(jobs, context, _alone) as pool:
+            tasks = [pool.submit(row, cell, with_stock=with_stock) for cell in chosen[start : start + PART * jobs]]
+            # a process that is killed leaves cells without a row, for the next run
+            with contextlib.suppress(BrokenProcessPool):
+                for task in as_completed(tasks):
+                    yield task.result()
 
 
 def _alone() -> None:
@@ -206,7 +229,8 @@ def worse(new: Row, old: Row | None) -> str:
 
 
 def _commit() -> str:
-    done = subprocess.run(["git", "rev-parse", "--short", "HEAD"], capture_output=True, text=True, check=False)
+    command = ["git", "describe", "--always", "--dirty", "--exclude=*"]
+    done = subprocess.run(command, capture_output=True, text=True, check=False)
     return done.stdout.strip()
 
 
@@ -228,7 +252,12 @@ def main() -> int:
         if name not in ENTRIES:
             parser.error(f"there is no model {name}")
     names = set(arguments.names or ENTRIES)
-    every = sample() if arguments.sample else [cell for name in ENTRIES for cell in cells(name)]
+    # the sample first, so that a run that is stopped has seen every model
+    every = (
+        sample()
+        if arguments.sample
+        else list(dict.fromkeys((*sample(), *(c for name in ENTRIES for c in cells(name)))))
+    )
     chosen = [cell for cell in every if cell.model in names]
     if not arguments.sample and not arguments.again:
         chosen = [cell for cell in chosen if cell.name not in stored]

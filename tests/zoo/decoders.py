@@ -115,7 +115,7 @@ ENTRIES = [
     # the GPT family
     decoder("openai_gpt", "OpenAIGPTConfig", "OpenAIGPTModel", sdpa=False, initializer_range=0.4),
     decoder("gpt2", "GPT2Config", "GPT2Model"),
-    decoder("gpt2_upcast", "GPT2Config", "GPT2Model", reorder_and_upcast_attn=True),
+    decoder("gpt2_upcast", "GPT2Config", "GPT2Model", float64=False, reorder_and_upcast_attn=True),
     decoder("gpt_bigcode", "GPTBigCodeConfig", "GPTBigCodeModel"),
     decoder(
         "gpt_neo", "GPTNeoConfig", "GPTNeoModel", sdpa=False, attention_types=[[["global", "local"], 1]], window_size=16

@@ -47,6 +47,8 @@ class Entry:
     """How many attentions one call runs, as `python -m tests.zoo.count` found them."""
     implementations: tuple[str, ...] = ("eager", "sdpa")
     takes_mask: bool = True
+    float64: bool = True
+    """Whether the model runs in float64; some insist on float32 by name."""
     needs: str = "transformers"
     note: str = ""
 
@@ -93,6 +95,7 @@ def entry(
     sdpa: bool = True,
     mask: bool = True,
     no_dropout: Sequence[str] = (),
+    float64: bool = True,
     note: str = "",
     **differs: Any,
 ) -> Entry:
@@ -123,6 +126,7 @@ def entry(
         attentions=counts().get(name, 0),
         implementations=("eager", "sdpa") if sdpa else ("eager",),
         takes_mask=mask,
+        float64=float64,
         note=note,
     )
 
