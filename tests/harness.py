@@ -70,7 +70,7 @@ def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool =
     """The comparison of `check`, for a function that is compiled already."""
     actual = _results(compiled, inputs, gradients)
     original = _results(fn, inputs, gradients)
-    with _Terms() as terms:
+    with Terms() as terms:
         exact = _results(fn, pytree.tree_map_only(Tensor, _double, inputs), gradients)
     assert actual.keys() == original.keys() == exact.keys()
     for name, mine in actual.items():
@@ -90,7 +90,7 @@ def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool =
         assert_close(mine, theirs, true, scale, what=name)
 
 
-class _Terms(TorchDispatchMode):
+class Terms(TorchDispatchMode):
     """Follows, beside each value of a backward pass, what the last reduction gives for the absolute values of its terms: the
     scale of the numerics contract for gradients."""
 
