@@ -257,7 +257,7 @@ def _passes() -> Iterator[tuple[str, Case]]:
             subject = replace(plain, training=training, tokens=128, dtype=dtype)
             yield (
                 f"short-{name}-{short[dtype]}",
-                Speed(subject, Target("at least", 0.97), _about(subject), rounds=4, starts=5),
+                Speed(subject, Target("at least", 0.97), _about(subject), rounds=4, starts=10 if training else 5),
             )
 
 

@@ -255,3 +255,48 @@ def test_flex_attention_is_kept() -> None:
     q, k, v = (randn(1, 2, 128, 16, seed=at) for at in range(3))
     report = same_as_eager(model, q, k, v)
     assert sorted(r.code for r in report.remarks) == ["AF002", "AF010"]
+
+
+def plain(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return torch.softmax(q @ k.transpose(-1, -2), -1) @ v
+
+
+def under_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """One attention beside what runs under vmap, nested, and one in it."""
+    scaled = torch.vmap(lambda a: torch.vmap(lambda b: b / b.norm())(a))(q)
+    return plain(scaled, k, v) + torch.vmap(plain, in_dims=(0, None, 0))(q, k[0], v)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_what_runs_under_vmap_is_left_as_it_is(dynamic: bool) -> None:
+    report = check(under_vmap, *qkv(), dynamic=dynamic, options={"inline_scores": 0})
+    assert sorted(r.code for r in report.remarks) == ["AF010", "AF036"]
+    assert [r.facts["why"] for r in report.missed] == ["vmap"]
+
+
+def seen_through_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k = k * 1
+    same = torch.vmap(lambda a: a.transpose(0, 1))(k)
+    scores = q @ k.transpose(-1, -2)
+    same.mul_(2)
+    return torch.softmax(scores, -1) @ v + k
+
+
+def written_behind_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ k.transpose(-1, -2)
+    same = torch.vmap(lambda a: a)(scores)
+    scores *= 0.5
+    return torch.softmax(same, -1) @ v
+
+
+@pytest.mark.parametrize("model", [seen_through_vmap, written_behind_vmap])
+def test_what_comes_out_of_vmap_may_be_what_went_in(model: Callable[..., Tensor]) -> None:
+    check(model, *qkv(), gradients=False)
+
+
+def test_what_is_written_to_under_vmap_stops_the_graph() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return plain(torch.vmap(lambda a: (a * 2).add_(1))(q), k, v)
+
+    with pytest.raises(Exception, match="under vmap"):
+        check(model, *qkv())

@@ -16,7 +16,7 @@ from torch.testing._internal.two_tensor import TwoTensor
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
-from attnfuse.passes.normalise import INLINED_BODIES, NormaliseError, _copied, _Replay, normalise
+from attnfuse.passes.normalise import NORMALISED_BODIES, NormaliseError, _copied, _Replay, normalise
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -114,7 +114,7 @@ def normalised(gm: fx.GraphModule) -> Iterator[fx.GraphModule]:
     """The graph and the bodies in it that are not copies."""
     yield gm
     for node in gm.graph.nodes:
-        if str(node.target) in INLINED_BODIES:
+        if str(node.target) in NORMALISED_BODIES:
             yield from normalised(gm.get_submodule(node.args[0].target))
 
 
@@ -655,7 +655,7 @@ class _Observed(fx.Interpreter):
         return result
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-        if str(target) in INLINED_BODIES:
+        if str(target) in NORMALISED_BODIES:
             return _Observed(args[0]).run(*args[1:])
         return super().call_function(target, args, kwargs)
 
@@ -754,7 +754,7 @@ def test_modules_keep_their_names_and_lines(checkpointed: bool, dynamic: bool) -
     def places(gm: fx.GraphModule) -> list[tuple[str, str]]:
         found: dict[tuple[str, str], None] = {}
         for node in nodes(gm):
-            if node.op.startswith("call") and str(node.target) not in INLINED_BODIES and "getitem" not in str(node):
+            if node.op.startswith("call") and str(node.target) not in NORMALISED_BODIES and "getitem" not in str(node):
                 modules = [path for path, _ in node.meta.get("nn_module_stack", {}).values()]
                 found[modules[-1] if modules else "", node.meta["stack_trace"]] = None
         return sorted(found)

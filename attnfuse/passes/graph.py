@@ -109,7 +109,9 @@ class Storage:
         self.position: dict[fx.Node, int] = {}
         self._root: dict[fx.Node, fx.Node] = {}
         self._inputs: dict[int, fx.Node] = {}
+        self._origins: dict[fx.Node, set[fx.Node]] = {}
         self._writes: dict[fx.Node, list[int]] = {}
+        self._entangled: dict[fx.Node, set[fx.Node]] = {}
         self.members: dict[fx.Node, list[fx.Node]] = {}
         for at, node in enumerate(graph.nodes):
             self.position[node] = at
@@ -124,6 +126,22 @@ class Storage:
     def writes(self, node: fx.Node) -> list[int]:
         """Positions of all writes to the node's storage."""
         return self._writes.get(self._root[node], [])
+
+    def entangled(self, node: fx.Node) -> bool:
+        """Whether the node's storage may be another one's too, which came out of something that nobody looks into."""
+        return self._root[node] in self._entangled
+
+    def _write(self, root: fx.Node, at: int) -> None:
+        for one in {root, *self._entangled.get(root, ())}:
+            self._writes.setdefault(one, []).append(at)
+
+    def _entangle(self, node: fx.Node, roots: Iterable[fx.Node]) -> None:
+        """Takes `node`, whose value is a new root, for what may show the storage of any of `roots`, and they each other's."""
+        together = {node, *roots}
+        for root in list(together):
+            together |= self._entangled.get(root, set())
+        for root in together:
+            self._entangled[root] = together - {root}
 
     def renew(self, written: fx.Node, new: fx.Node) -> None:
         """Records that `new` took the place of a write: a storage of its own, which later members of the old one now share."""
@@ -151,13 +169,22 @@ class Storage:
         if getattr(node.target, "__name__", "") == "getitem":
             return self._root[inputs[0]] if inputs else node
         tensors = [x for x in inputs if is_tensor(x)]
-        if isinstance(node.target, torch._ops.HigherOrderOperator) and not _keeps_hands_off(node):
-            for x in tensors:
-                self._writes.setdefault(self._root[x], []).append(at)
-            return self._root[tensors[0]] if tensors else node
+        if isinstance(node.target, torch._ops.HigherOrderOperator):
+            if not _keeps_hands_off(node):
+                for x in tensors:
+                    self._write(self._root[x], at)
+                self._entangle(node, (self._root[x] for x in tensors))
+            return node
+        # what runs under vmap: its values are no tensors of the graph until the last of them
+        origins = {root for x in inputs for root in ({self._root[x]} if is_tensor(x) else self._origins.get(x, ()))}
+        self._origins[node] = origins
+        if is_tensor(node):
+            self._entangle(node, origins)
         return node
 
     def _find(self, node: fx.Node, at: int) -> fx.Node:
+        if node.op == "call_method" and not is_tensor(node):
+            return self._find_other(node, at)
         if node.op != "call_function":
             return self._first_with_storage(node)
         if not isinstance(node.target, torch._ops.OpOverload):
@@ -172,11 +199,11 @@ class Storage:
                 continue
             if arg.alias_info.is_write:
                 for x in nodes:
-                    self._writes.setdefault(self._root[x], []).append(at)
+                    self._write(self._root[x], at)
             if any(r.alias_info is not None for r in node.target._schema.returns):
                 root = self._root[nodes[0]]
         for x in self._hidden_writes(node, args):
-            self._writes.setdefault(self._root[x], []).append(at)
+            self._write(self._root[x], at)
         return root if root is not node else self._unannounced(node)
 
     def _unannounced(self, node: fx.Node) -> fx.Node:

@@ -29,10 +29,12 @@ _FORWARD_AND_BACKWARD: Final = ("autograd_function_apply",)
 def kept(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Remark]]:
     """A remark for each such attention in a normalised graph, its rewritten bodies left out, with its node."""
     for node in graph.graph.nodes:
-        if node.op != "call_function":
+        if node.op not in ("call_function", "call_method"):
             continue
         name = _name(node)
-        if any(part in name for part in _IO_AWARE) and "backward" not in name:
+        if name in _SOFTMAXES and not isinstance(node.target, torch._ops.OpOverload):
+            yield node, _remark("AF036", node, "vmap")
+        elif any(part in name for part in _IO_AWARE) and "backward" not in name:
             yield node, _remark("AF002", node, name)
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and NORMALISED not in node.meta:
             why = f"{name}, whose calls differ in mode or layout" if name in NORMALISED_BODIES else name

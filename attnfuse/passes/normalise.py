@@ -4,7 +4,8 @@ The graph is run once more on the fake tensors that Dynamo recorded, under `make
 linear, dropout, scaled_dot_product_attention, grad-mode and autocast switches stay single nodes. The graph given is not
 changed, so it can be compiled as it stands when anything further on goes wrong.
 
-Kept by hand, because tracing would lose it: higher-order operators (a custom backward, the checkpoint's tags). A body that
+Kept by hand, because tracing would lose it: higher-order operators (a custom backward, the checkpoint's tags), and what runs
+under `vmap`, which is copied as it stands. A body that
 AOTAutograd inlines is normalised as a graph of its own, others are copied as they stand. Constants go into the graph's
 text: as attributes AOTAutograd would take them for parameters that Dynamo did not declare. What cannot be retraced exactly
 raises `NormaliseError`.
@@ -29,6 +30,7 @@ import torch
 from torch import fx
 from torch._C._functorch import get_inplace_requires_grad_allowed, set_inplace_requires_grad_allowed
 from torch._dispatch.python import enable_python_dispatcher
+from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
@@ -59,6 +61,21 @@ fx.node.has_side_effect(set_inplace_requires_grad_allowed)
 # What Dynamo sets on the graph module for those who compile it.
 _ATTRIBUTES: Final = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason")
 
+# Between the first two of these a graph runs under vmap; a result comes out by the last.
+_VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT = (
+    predispatch._vmap_increment_nesting,
+    predispatch._vmap_decrement_nesting,
+    predispatch._add_batch_dim,
+    predispatch._remove_batch_dim,
+)
+_VMAP: Final = (_VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT, predispatch.lazy_load_decompositions)
+
+_IN_PLACE: Final = frozenset(
+    {
+        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
+        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor", "setitem", "delitem"),
+    }
+)
 _STORAGE_WRITES: Final = frozenset({"set_", "resize_", "resize_as_", "resize_storage_bytes_"})
 _METADATA_WRITES: Final = frozenset(
     {
@@ -165,6 +182,13 @@ class _Call:
 
 
 @dataclass(frozen=True)
+class _Batched:
+    """What a node under vmap gives, which nothing outside reads."""
+
+    proxy: fx.Proxy
+
+
+@dataclass(frozen=True)
 class _Body:
     """A call of a body that is to be normalised once the graph around it is done, and the modes that hold there."""
 
@@ -246,7 +270,9 @@ class _Replay(fx.Interpreter):
         self.bodies: dict[str, list[_Body]] = {}
         self.attributes: dict[str, fx.Proxy] = {}
         # What higher-order operators give; made before the tracing begins, which would see an alias being taken.
-        self.kept = {n: retrace.own(_recorded(n)) for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator)}
+        kept = (n for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator) or n.target is _VMAP_OUT)
+        self.kept = {n: retrace.own(_recorded(n)) for n in kept}
+        self.batched = _batched(gm)
         self._node: fx.Node
         self._autocasts: list[tuple[tuple[Any, ...], torch.amp.autocast]] = []
         self._metadata: dict[int, tuple[torch.Tensor, tuple[object, ...]]] = {}
@@ -271,6 +297,8 @@ class _Replay(fx.Interpreter):
 
     def run_node(self, n: fx.Node) -> Any:
         self._node = n
+        if n in self.batched:
+            return self._copy(n)
         if n.op not in ("call_function", "call_method") or isinstance(n.target, HigherOrderOperator):
             return super().run_node(n)
         args, kwargs = self.fetch_args_kwargs_from_env(n)
@@ -549,6 +577,23 @@ class _Replay(fx.Interpreter):
         with torch._C.DisableTorchFunction():
             torch._C._set_grad_enabled(before)
 
+    def _copy(self, n: fx.Node) -> object:
+        """A node that runs under vmap, as Dynamo wrote it."""
+
+        def proxy(arg: fx.Node) -> Any:
+            operand = self.env[arg]
+            return (
+                operand.proxy if isinstance(operand, _Batched) else pytree.tree_map(self.tracer.unwrap_proxy, operand)
+            )
+
+        with self._set_current_node(n):
+            out = self.tracer.create_proxy(n.op, n.target, *fx.node.map_arg((n.args, n.kwargs), proxy))
+        out.node.meta["val"] = None
+        if n.target is not _VMAP_OUT or any(user in self.batched for user in n.users):
+            return _Batched(out)
+        out.node.meta["val"] = value = self.kept[n]
+        return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
+
     def _keep(self, target: HigherOrderOperator, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         n = self._node
         if "example_value" not in n.meta and n.users:
@@ -596,12 +641,38 @@ def _refuse(gm: fx.GraphModule) -> None:
             raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
         if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):
             _refuse(body)
+        elif node.target in _VMAP:
+            continue
         elif not isinstance(node.target, HigherOrderOperator) and _module(node.target).startswith("torch._functorch"):
             raise NormaliseError(f"`{node}` is part of a function transform")
         elif name in _STORAGE_WRITES:
             raise NormaliseError(f"`{node}` changes the storage of a tensor")
         elif name in _METADATA_WRITES and any(id(_recorded(x)) in fixed for x in node.all_input_nodes[:1]):
             raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
+
+
+def _batched(gm: fx.GraphModule) -> frozenset[fx.Node]:
+    """The nodes that run under vmap, those that enter and leave it among them.
+
+    Raises NormaliseError where copying them would not do: what they write to, or switch, shows outside of them.
+    """
+    found: set[fx.Node] = set()
+    nesting = 0
+    for node in gm.graph.nodes:
+        nesting += node.target is _VMAP_ENTER
+        if nesting or node.target in _VMAP:
+            found.add(node)
+        nesting -= node.target is _VMAP_EXIT
+    for node in found:
+        name = _name(node)
+        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
+        if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator) or in_place:
+            raise NormaliseError(f"`{node}` stands under vmap")
+        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_inplace_requires_grad_allowed"):
+            raise NormaliseError(f"`{node}` switches a mode under vmap")
+        if node.target is not _VMAP_OUT and any(user not in found for user in node.users):
+            raise NormaliseError(f"`{node}` is read outside of vmap")
+    return frozenset(found)
 
 
 def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:

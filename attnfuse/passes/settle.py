@@ -45,7 +45,7 @@ def settle(graph: fx.Graph) -> int:
             continue
         behind = _views_behind(source, root)
         early = (m for m in family if m is not root and m not in behind and storage.position[m] < last)
-        if root.op != "call_function" or any(_functional(m) is None for m in early):
+        if root.op != "call_function" or storage.entangled(root) or any(_functional(m) is None for m in early):
             continue
         same = [m for m in family if m is source or (m is root and not behind) or _functional(m) is not None]
         late = [u for m in same for u in m.users if u is not node and storage.position[u] > storage.position[node]]
