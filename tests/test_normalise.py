@@ -599,9 +599,13 @@ def fails_with_modes_switched(x: Tensor) -> Any:
     return y * 2
 
 
-@refused("AF041", "stands under vmap", X)
-def writes_under_vmap(x: Tensor) -> Any:
-    return torch.func.vmap(lambda x: (x * 2).add_(1).softmax(-1))(x)
+@refused("AF041", "switches a mode under vmap", X)
+def switches_under_vmap(x: Tensor) -> Any:
+    def row(x: Tensor) -> Tensor:
+        with torch.no_grad():
+            return x.softmax(-1)
+
+    return torch.func.vmap(row)(x)
 
 
 @refused("AF041", "part of a function transform", X)

@@ -12,6 +12,7 @@ from torch import fx
 from torch.utils import _pytree as pytree
 
 from attnfuse.passes.index import Size, sizes_of
+from attnfuse.passes.normalise import BATCHED
 
 aten = torch.ops.aten
 
@@ -72,12 +73,13 @@ _ALIASES: Final[Mapping[str, str]] = {
 
 
 def packet(node: fx.Node) -> str:
-    """The name of the ATen operator without its overload, such as `add`, or an empty string.
+    """The name of the ATen operator without its overload, such as `add`, or an empty string, also for one that runs under vmap.
 
     All aliases have one name; of the real numbers that attentions are made of, the conjugate is an alias too.
     """
     target = node.target
-    if node.op == "call_function" and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
+    plain = node.op == "call_function" and BATCHED not in node.meta
+    if plain and isinstance(target, torch._ops.OpOverload) and target.namespace == "aten":
         name = target._schema.name.removeprefix("aten::")
         if name in ("max", "min") and target._overloadname == "other":
             return f"{name}imum"
@@ -131,6 +133,10 @@ class Storage:
         """Whether the node's storage may be another one's too, which came out of something that nobody looks into."""
         return self._root[node] in self._entangled
 
+    def may_share(self, a: fx.Node, b: fx.Node) -> bool:
+        """Whether two nodes may show the same storage."""
+        return self._root[a] is self._root[b] or self._root[b] in self._entangled.get(self._root[a], ())
+
     def _write(self, root: fx.Node, at: int) -> None:
         for one in {root, *self._entangled.get(root, ())}:
             self._writes.setdefault(one, []).append(at)
@@ -175,16 +181,23 @@ class Storage:
                     self._write(self._root[x], at)
                 self._entangle(node, (self._root[x] for x in tensors))
             return node
-        # what runs under vmap: its values are no tensors of the graph until the last of them
+        return node
+
+    def _find_batched(self, node: fx.Node, at: int) -> fx.Node:
+        """The root of what runs under vmap, which may write to whatever went in and come out as a view of it. Its values are no
+        tensors of the graph until the last of them."""
+        inputs = node.all_input_nodes
         origins = {root for x in inputs for root in ({self._root[x]} if is_tensor(x) else self._origins.get(x, ()))}
         self._origins[node] = origins
+        for root in origins:
+            self._write(root, at)
         if is_tensor(node):
             self._entangle(node, origins)
         return node
 
     def _find(self, node: fx.Node, at: int) -> fx.Node:
-        if node.op == "call_method" and not is_tensor(node):
-            return self._find_other(node, at)
+        if BATCHED in node.meta:
+            return self._find_batched(node, at)
         if node.op != "call_function":
             return self._first_with_storage(node)
         if not isinstance(node.target, torch._ops.OpOverload):

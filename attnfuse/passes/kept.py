@@ -1,5 +1,5 @@
 """Attentions that no pass looks into: calls of kernels that are IO-aware already, and what stands in the bodies of
-higher-order operators that are left in place (a branch of `cond`, a step of `scan`, a custom autograd function)."""
+higher-order operators that are left in place (a branch of `cond`, a step of `scan`, a custom autograd function) or under vmap."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from attnfuse.passes.graph import module_path, source_line
-from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
+from attnfuse.passes.normalise import BATCHED, NORMALISED, NORMALISED_BODIES
 from attnfuse.remark import Remark
 
 _IO_AWARE: Final = (
@@ -29,12 +29,10 @@ _FORWARD_AND_BACKWARD: Final = ("autograd_function_apply",)
 def kept(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Remark]]:
     """A remark for each such attention in a normalised graph, its rewritten bodies left out, with its node."""
     for node in graph.graph.nodes:
-        if node.op not in ("call_function", "call_method"):
-            continue
         name = _name(node)
-        if name in _SOFTMAXES and not isinstance(node.target, torch._ops.OpOverload):
+        if name in _SOFTMAXES and BATCHED in node.meta:
             yield node, _remark("AF036", node, "vmap")
-        elif any(part in name for part in _IO_AWARE) and "backward" not in name:
+        elif node.op == "call_function" and any(part in name for part in _IO_AWARE) and "backward" not in name:
             yield node, _remark("AF002", node, name)
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and NORMALISED not in node.meta:
             why = f"{name}, whose calls differ in mode or layout" if name in NORMALISED_BODIES else name

@@ -5,10 +5,9 @@ linear, dropout, scaled_dot_product_attention, grad-mode and autocast switches s
 changed, so it can be compiled as it stands when anything further on goes wrong.
 
 Kept by hand, because tracing would lose it: higher-order operators (a custom backward, the checkpoint's tags), and what runs
-under `vmap`, which is copied as it stands. A body that
-AOTAutograd inlines is normalised as a graph of its own, others are copied as they stand. Constants go into the graph's
-text: as attributes AOTAutograd would take them for parameters that Dynamo did not declare. What cannot be retraced exactly
-raises `NormaliseError`.
+under `vmap`, which is copied as it stands. The bodies in `NORMALISED_BODIES` are normalised as graphs of their own, others are
+copied as they stand. Constants go into the graph's text: as attributes AOTAutograd would take them for parameters that Dynamo
+did not declare. What cannot be retraced exactly raises `NormaliseError`.
 
 Running an operator on fake tensors is what costs: about 1 ms, 5 ms with symbolic sizes. A call whose operator, arguments
 and modes were seen before, in an earlier layer, is therefore not run: its node is written down again, with the value that
@@ -55,6 +54,9 @@ NORMALISED_BODIES: Final[Mapping[str, int]] = {"tag_activation_checkpoint": 1, "
 NORMALISED: Final = "attnfuse_normalised"
 """In `meta` of a call of such an operator: its body is normalised too."""
 
+BATCHED: Final = "attnfuse_vmap"
+"""In `meta` of a node that runs under vmap."""
+
 # Dynamo puts it around requires_grad_(); FX would take it for dead.
 fx.node.has_side_effect(set_inplace_requires_grad_allowed)
 
@@ -70,12 +72,6 @@ _VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT = (
 )
 _VMAP: Final = (_VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT, predispatch.lazy_load_decompositions)
 
-_IN_PLACE: Final = frozenset(
-    {
-        *("iadd", "iand", "ifloordiv", "ilshift", "imatmul", "imod", "imul"),
-        *("ior", "ipow", "irshift", "isub", "itruediv", "ixor", "setitem", "delitem"),
-    }
-)
 _STORAGE_WRITES: Final = frozenset({"set_", "resize_", "resize_as_", "resize_storage_bytes_"})
 _METADATA_WRITES: Final = frozenset(
     {
@@ -588,7 +584,7 @@ class _Replay(fx.Interpreter):
 
         with self._set_current_node(n):
             out = self.tracer.create_proxy(n.op, n.target, *fx.node.map_arg((n.args, n.kwargs), proxy))
-        out.node.meta["val"] = None
+        out.node.meta.update({"val": None, BATCHED: True})
         if n.target is not _VMAP_OUT or any(user in self.batched for user in n.users):
             return _Batched(out)
         out.node.meta["val"] = value = self.kept[n]
@@ -654,7 +650,7 @@ def _refuse(gm: fx.GraphModule) -> None:
 def _batched(gm: fx.GraphModule) -> frozenset[fx.Node]:
     """The nodes that run under vmap, those that enter and leave it among them.
 
-    Raises NormaliseError where copying them would not do: what they write to, or switch, shows outside of them.
+    Raises NormaliseError where copying them would not do: what they switch, or give, shows outside of them.
     """
     found: set[fx.Node] = set()
     nesting = 0
@@ -665,8 +661,7 @@ def _batched(gm: fx.GraphModule) -> frozenset[fx.Node]:
         nesting -= node.target is _VMAP_EXIT
     for node in found:
         name = _name(node)
-        in_place = name in _IN_PLACE or (name.endswith("_") and not name.endswith("__"))
-        if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator) or in_place:
+        if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
             raise NormaliseError(f"`{node}` stands under vmap")
         if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_inplace_requires_grad_allowed"):
             raise NormaliseError(f"`{node}` switches a mode under vmap")

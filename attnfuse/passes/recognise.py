@@ -780,8 +780,8 @@ def _check_returned(site: Site) -> None:
     if cuts_gradient(site.anchor) or not torch.is_grad_enabled() or not wanted:
         return
     storage = site.scope.storage
-    kept = {storage.root(x) for x in (site.out, site.lse) if x is not None}
-    if any(storage.root(x) in kept for x in site.scope.module.graph.output_node().all_input_nodes):
+    kept = [x for x in (site.out, site.lse) if x is not None]
+    if any(storage.may_share(x, y) for x in site.scope.module.graph.output_node().all_input_nodes for y in kept):
         raise Miss("AF036", site.out, "invoke_subgraph, which returns it")
 
 

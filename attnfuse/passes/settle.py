@@ -214,7 +214,7 @@ def _take_out_idle_dropout(graph: fx.Graph) -> None:
 def _name_likes(graph: fx.Graph) -> None:
     """`x.type_as(y)` and `x.view_as(y)` read no element of y: they become operators that name the type or the sizes."""
     for node in list(graph.nodes):
-        if node.op != "call_function" or node.target not in _LIKES:
+        if node.op != "call_function" or node.target not in _LIKES or not packet(node):
             continue
         source, like = node.args
         if node.target is aten.type_as.default:
