@@ -16,10 +16,11 @@ WIDTH = {"vocab_size": VOCABULARY, "hidden_size": 512, "num_hidden_layers": 4, "
 
 
 def _text(batch: int, tokens: int) -> dict[str, Tensor]:
-    """Token ids, and a mask that leaves an eighth of the last sequence out."""
+    """Token ids and their mask; of several sequences the last is an eighth shorter."""
     ids = torch.randint(VOCABULARY, (batch, tokens), generator=torch.Generator().manual_seed(1))
     mask = torch.ones_like(ids)
-    mask[-1, tokens - tokens // 8 :] = 0
+    if batch > 1:
+        mask[-1, tokens - tokens // 8 :] = 0
     return {"input_ids": ids, "attention_mask": mask}
 
 

@@ -40,7 +40,7 @@ def test_totals() -> None:
     other = Cell("bert", *LLAMA.column[:3], masked=True)
     rows = [row(LLAMA, 4), row(other, 2, codes={"AF000": 2, "AF031": 1, "AF024": 1}), row(LLAMA, 9, correct=False)]
     (total,) = coverage.totals(rows).values()
-    # more remarks than attentions, a router's softmax or a second graph, count as all of them
+    # the last has more than there are
     assert total == {
         "models": 3,
         "expected": 12,
@@ -105,6 +105,19 @@ def test_a_target_that_is_missed_fails(ran: list[str], monkeypatch: pytest.Monke
 
     monkeypatch.setattr(coverage, "run", run)
     assert command(monkeypatch, "llama") == 1
+
+
+def test_more_than_there_is_fails(
+    ran: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """It would hide a miss in another graph of the model."""
+
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        return (row(cell, 5 if number == 0 else 4) for number, cell in enumerate(chosen))
+
+    monkeypatch.setattr(coverage, "run", run)
+    assert command(monkeypatch, "llama") == 1
+    assert f"{cells('llama')[0].name}: more fused or kept than there are attentions" in capsys.readouterr().out
 
 
 def test_the_sample_is_compared_with_the_rows(

@@ -278,3 +278,28 @@ def test_a_float32_mask_on_scores_that_are_rounded_to_bfloat16() -> None:
     assert [r.code for r in report.remarks] == ["AF024"]
     (remark,) = check(_rounded, q, k, v, dense.clamp_min(-1e4).bfloat16(), gradients=False).remarks
     assert remark.kind == "fused"
+
+
+_LEAST = torch.finfo(torch.bfloat16).min
+ROUNDED: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
+    "made larger by a factor": (torch.bfloat16, lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) * 1.5),
+    "made larger by a divisor": (torch.bfloat16, lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) / 0.5),
+    "two that add up": (torch.bfloat16, lambda s, a, b: s + a.float() + b.float()),
+    "a constant beside": (
+        torch.bfloat16,
+        lambda s, a, b: s + a.float() + torch.where(torch.arange(6) > 2, -(2.0**110), 0.0),
+    ),
+    "products in float32": (torch.float32, lambda s, a, b: s + a.float()),
+}
+
+
+@pytest.mark.parametrize(("dtype", "of"), ROUNDED.values(), ids=ROUNDED.keys())
+def test_scores_that_may_be_rounded_to_minus_infinity(dtype: torch.dtype, of: Callable[..., Tensor]) -> None:
+    """Near misses of what is fused above: somewhere more than the least bfloat16 may arise, or the products are not rounded."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+        return torch.softmax(of((q @ k.mT).float(), a, b), -1, dtype=torch.bfloat16).to(q.dtype) @ v
+
+    leaves = (torch.linspace(start, -start, 36).view(6, 6).bfloat16() for start in (-2, 1))
+    report = check(masked, *qkv(dtype=dtype), *leaves, gradients=False)
+    assert [r.code for r in report.remarks] == ["AF024"]

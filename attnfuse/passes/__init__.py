@@ -25,10 +25,11 @@ from attnfuse.passes.kept import kept
 from attnfuse.passes.lift import Scope, graphs, scopes
 from attnfuse.passes.normalise import NormaliseError, normalise
 from attnfuse.passes.peel import Miss
-from attnfuse.passes.recognise import Site, anchors, recognise
+from attnfuse.passes.recognise import anchors, recognise
 from attnfuse.passes.respell import RESPELLED, respell
 from attnfuse.passes.rewrite import hand_over, insert, prune_operands
 from attnfuse.passes.settle import settle
+from attnfuse.passes.site import Site
 from attnfuse.passes.verify import checker
 from attnfuse.remark import Remark, Report
 

@@ -14,7 +14,7 @@ from torch import fx
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, shape, source_line
 from attnfuse.passes.lift import LeafSource
-from attnfuse.passes.recognise import Site
+from attnfuse.passes.site import Site
 from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads

@@ -318,3 +318,26 @@ def source_line(node: fx.Node) -> str:
         return ""
     path, line = frames[-1]
     return f"{Path(path).name}:{line}"
+
+
+def between(first: fx.Node, last: fx.Node) -> tuple[fx.Node, ...]:
+    """The nodes that lie on a path from `first` to `last`, `last` included, `first` not."""
+    reached: set[fx.Node] = set()
+    todo = [last]
+    visited = set()
+    above: dict[fx.Node, set[fx.Node]] = {}
+    while todo:
+        node = todo.pop()
+        if node in visited or node is first:
+            continue
+        visited.add(node)
+        for x in node.all_input_nodes:
+            above.setdefault(x, set()).add(node)
+            todo.append(x)
+    todo = list(above.get(first, ()))
+    while todo:
+        node = todo.pop()
+        if node not in reached:
+            reached.add(node)
+            todo.extend(above.get(node, ()))
+    return tuple(reached)

@@ -29,7 +29,6 @@ import torch
 from torch import fx
 from torch._C._functorch import get_inplace_requires_grad_allowed, set_inplace_requires_grad_allowed
 from torch._dispatch.python import enable_python_dispatcher
-from torch._functorch import predispatch
 from torch._ops import HigherOrderOperator, OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.amp import autocast_mode
@@ -41,7 +40,8 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, rebind_unbacked
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils import _pytree as pytree
-from torch.utils._python_dispatch import is_traceable_wrapper_subclass
+
+from attnfuse.passes.dynamo import VMAP_OUT, NormaliseError, batched, module_of, name_of, outdates, recorded, refuse
 
 __all__ = ["NormaliseError", "normalise"]
 
@@ -63,30 +63,6 @@ fx.node.has_side_effect(set_inplace_requires_grad_allowed)
 # What Dynamo sets on the graph module for those who compile it.
 _ATTRIBUTES: Final = ("_param_name_to_source", "_source_to_user_stacks", "_backend_id", "compile_subgraph_reason")
 
-# Between the first two of these a graph runs under vmap; a result comes out by the last.
-_VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT = (
-    predispatch._vmap_increment_nesting,
-    predispatch._vmap_decrement_nesting,
-    predispatch._add_batch_dim,
-    predispatch._remove_batch_dim,
-)
-_VMAP: Final = (_VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, _VMAP_OUT, predispatch.lazy_load_decompositions)
-
-_STORAGE_WRITES: Final = frozenset({"set_", "resize_", "resize_as_", "resize_storage_bytes_"})
-_METADATA_WRITES: Final = frozenset(
-    {
-        "as_strided_",
-        "detach_",
-        "rename_",
-        "requires_grad_",
-        "squeeze_",
-        "swapaxes_",
-        "swapdims_",
-        "t_",
-        "transpose_",
-        "unsqueeze_",
-    }
-)
 # Calls that may leave no node: a check that holds for all sizes, an entry in a log.
 _SILENT: Final = ("_log_api_usage_once", "_check", "_assert")
 
@@ -106,18 +82,6 @@ _PLAIN: Final = (
 )
 
 
-class NormaliseError(Exception):
-    """The graph cannot be retraced exactly and has to be compiled as it stands.
-
-    `code` is AF042 if a tensor subclass stands in the way, else AF041; `reason` is a clause that says what does.
-    """
-
-    def __init__(self, reason: str, code: str = "AF041") -> None:
-        super().__init__(reason)
-        self.reason = reason
-        self.code = code
-
-
 def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     """The same computation as `gm` in ATen operators, as they are before dispatch.
 
@@ -130,9 +94,9 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     Raises:
         NormaliseError: the graph has no tensor input, or something in it cannot be retraced exactly.
     """
-    _refuse(gm)
-    recorded = (_recorded(node) for node in gm.graph.find_nodes(op="placeholder"))
-    fake_mode = next((value.fake_mode for value in recorded if isinstance(value, FakeTensor)), None)
+    refuse(gm)
+    inputs = (recorded(node) for node in gm.graph.find_nodes(op="placeholder"))
+    fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if fake_mode is None:
         raise NormaliseError("the graph has no tensor input")
     try:
@@ -140,7 +104,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
             fake_mode.epoch += 1
             try:
-                return _Retrace(fake_mode, recall=not _outdates(gm)).trace(gm)
+                return _Retrace(fake_mode, recall=not outdates(gm)).trace(gm)
             except _OutdatedError:
                 return _Retrace(fake_mode, recall=False).trace(gm)
     except NormaliseError:
@@ -210,7 +174,7 @@ class _Retrace:
     def trace(self, gm: fx.GraphModule, values: Sequence[object] | None = None) -> fx.GraphModule:
         """`gm` normalised, its inputs `values`, or else what Dynamo recorded for them."""
         if values is None:
-            values = [_recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
+            values = [recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
         values = [self.own(value) for value in values]
         replay = _Replay(gm, self)
         with (
@@ -243,7 +207,7 @@ class _Retrace:
         return new
 
     def _body(self, body: _Body) -> fx.GraphModule:
-        own = [_recorded(node) for node in body.module.graph.find_nodes(op="placeholder")]
+        own = [recorded(node) for node in body.module.graph.find_nodes(op="placeholder")]
         if len(own) == len(body.operands) and all(map(_same_metadata, own, body.operands)):
             new = self.trace(body.module)
         else:
@@ -266,9 +230,9 @@ class _Replay(fx.Interpreter):
         self.bodies: dict[str, list[_Body]] = {}
         self.attributes: dict[str, fx.Proxy] = {}
         # What higher-order operators give; made before the tracing begins, which would see an alias being taken.
-        kept = (n for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator) or n.target is _VMAP_OUT)
-        self.kept = {n: retrace.own(_recorded(n)) for n in kept}
-        self.batched = _batched(gm)
+        kept = (n for n in gm.graph.nodes if isinstance(n.target, HigherOrderOperator) or n.target is VMAP_OUT)
+        self.kept = {n: retrace.own(recorded(n)) for n in kept}
+        self.batched = batched(gm)
         self._node: fx.Node
         self._autocasts: list[tuple[tuple[Any, ...], torch.amp.autocast]] = []
         self._metadata: dict[int, tuple[torch.Tensor, tuple[object, ...]]] = {}
@@ -302,11 +266,11 @@ class _Replay(fx.Interpreter):
         with torch._C.DisableTorchFunction():
             if n.target is operator.getitem and isinstance(args[0], tuple | list):
                 return args[0][args[1]]
-            if not n.users and _name(n) in _PURE and not any(isinstance(x, torch.Tensor) for x in args):
+            if not n.users and name_of(n) in _PURE and not any(isinstance(x, torch.Tensor) for x in args):
                 return None
             if n.target == "size" and isinstance(args[0], torch.Tensor):
                 return args[0].size(*args[1:], **kwargs)
-            if n.target == "item" and isinstance(_recorded(n), Sym) and "unbacked_bindings" not in n.meta:
+            if n.target == "item" and isinstance(recorded(n), Sym) and "unbacked_bindings" not in n.meta:
                 return self._item(n, args[0])
             if n.target is torch.tensor and self.retrace.recall and (made := self._number(n, args, kwargs)) is not None:
                 return made
@@ -315,7 +279,7 @@ class _Replay(fx.Interpreter):
             if key is not None and (call := self.retrace.calls.get(key)) is not None:
                 if isinstance(call.result, _Operand):
                     return operands[call.result.index]
-                value = _recorded(n)
+                value = recorded(n)
                 if isinstance(value, FakeTensor) and self._describe(value) == call.metadata:
                     return self._write(n, call, operands, value)
             places = {self._node_of(x): _Operand(i) for i, x in enumerate(operands) if isinstance(x, torch.Tensor)}
@@ -442,7 +406,7 @@ class _Replay(fx.Interpreter):
 
     def _number(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensor | None:
         """`torch.tensor(number)` as `_write_constants` would leave it; traced, it becomes five nodes."""
-        value = _recorded(n)
+        value = recorded(n)
         plain = len(args) == 1 and type(args[0]) in (bool, int, float) and kwargs.keys() <= {"dtype", "device"}
         if not plain or not isinstance(value, FakeTensor) or value.dim():
             return None
@@ -463,15 +427,15 @@ class _Replay(fx.Interpreter):
         recall = self.retrace.recall
         if recall and any(_writes_metadata(node) for node in written):
             raise _OutdatedError
-        name = _name(n)
+        name = name_of(n)
         in_place = name.endswith("_") and not name.endswith("__")
         if not written and (in_place or not _is_value(result)) and not name.startswith(_SILENT):
             raise NormaliseError(f"`{n}` has an effect that the retrace would lose")
-        recorded = _recorded(n)
+        known = recorded(n)
         if "unbacked_bindings" in n.meta:
             rebind_unbacked(self.retrace.fake_mode.shape_env, n, cast(Any, result))
-        elif recall and isinstance(result, FakeTensor) and isinstance(recorded, FakeTensor):
-            now, then = self._describe(result)[1:], self._describe(recorded)[1:]
+        elif recall and isinstance(result, FakeTensor) and isinstance(known, FakeTensor):
+            now, then = self._describe(result)[1:], self._describe(known)[1:]
             if now != then:
                 raise NormaliseError(f"`{n}` is {now} in the retrace and {then} in Dynamo's graph")
 
@@ -501,7 +465,7 @@ class _Replay(fx.Interpreter):
 
     def _item(self, n: fx.Node, x: torch.Tensor) -> object:
         """A float of the model that Dynamo made an input: running item() again would make another symbol of it."""
-        value = _recorded(n)
+        value = recorded(n)
         node = self._create(n, aten.item.default, (self._node_of(x),), {})
         node.meta["val"] = value
         return proxy_tensor.track_tensor_tree(value, fx.Proxy(node, self.tracer), constant=None, tracer=self.tracer)
@@ -510,8 +474,8 @@ class _Replay(fx.Interpreter):
         value = super().get_attr(target, args, kwargs)
         if not isinstance(value, torch.Tensor):
             return value
-        recorded = _recorded(self._node)
-        fake = recorded if isinstance(recorded, FakeTensor) else self.retrace.fake_mode.from_tensor(value)
+        known = recorded(self._node)
+        fake = known if isinstance(known, FakeTensor) else self.retrace.fake_mode.from_tensor(value)
         proxy_tensor.set_proxy_slot(fake, self.tracer, proxy_tensor._ProxyTensor(self._attribute(target, value), None))
         return fake
 
@@ -585,7 +549,7 @@ class _Replay(fx.Interpreter):
         with self._set_current_node(n):
             out = self.tracer.create_proxy(n.op, n.target, *fx.node.map_arg((n.args, n.kwargs), proxy))
         out.node.meta.update({"val": None, BATCHED: True})
-        if n.target is not _VMAP_OUT or any(user in self.batched for user in n.users):
+        if n.target is not VMAP_OUT or any(user in self.batched for user in n.users):
             return _Batched(out)
         out.node.meta["val"] = value = self.kept[n]
         return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
@@ -614,69 +578,13 @@ class _Replay(fx.Interpreter):
         return proxy_tensor.track_tensor_tree(value, out, constant=None, tracer=self.tracer)
 
 
-def _outdates(gm: fx.GraphModule) -> bool:
-    """Whether something in the graph or in a body says by its name that it outdates what Dynamo recorded, or that no retrace
-    makes what Dynamo recorded (tensors of inference mode)."""
-    bodies = (module for module in gm.modules() if isinstance(module, fx.GraphModule))
-    names = (_METADATA_WRITES - {"requires_grad_"}) | {"_enter_inference_mode"}
-    return any(_name(n) in names for body in bodies for n in body.graph.nodes)
-
-
-def _refuse(gm: fx.GraphModule) -> None:
-    """Raise for what is known to be lost or changed by a retrace, in the graph or in a body."""
-    # Their records show them as they are at the end, and nothing computes them anew. An in-place operator returns the same tensor.
-    fixed: set[int] = set()
-    for node in gm.graph.nodes:
-        if node.op == "placeholder" or isinstance(node.target, HigherOrderOperator):
-            fixed.update(id(x) for x in pytree.tree_leaves(_recorded(node)) if isinstance(x, torch.Tensor))
-        for value in pytree.tree_leaves(_recorded(node)):
-            if isinstance(value, torch.Tensor) and (is_traceable_wrapper_subclass(value) or value.is_nested):
-                raise NormaliseError(f"`{node}` is a {type(value).__name__}", code="AF042")
-        name = _name(node)
-        if node.op == "call_module":
-            raise NormaliseError(f"`{node}` calls a module that Dynamo did not look into")
-        if node.op == "get_attr" and isinstance(body := getattr(gm, node.target, None), fx.GraphModule):
-            _refuse(body)
-        elif node.target in _VMAP:
-            continue
-        elif not isinstance(node.target, HigherOrderOperator) and _module(node.target).startswith("torch._functorch"):
-            raise NormaliseError(f"`{node}` is part of a function transform")
-        elif name in _STORAGE_WRITES:
-            raise NormaliseError(f"`{node}` changes the storage of a tensor")
-        elif name in _METADATA_WRITES and any(id(_recorded(x)) in fixed for x in node.all_input_nodes[:1]):
-            raise NormaliseError(f"`{node}` changes an input's shape or autograd state")
-
-
-def _batched(gm: fx.GraphModule) -> frozenset[fx.Node]:
-    """The nodes that run under vmap, those that enter and leave it among them.
-
-    Raises NormaliseError where copying them would not do: what they switch, or give, shows outside of them.
-    """
-    found: set[fx.Node] = set()
-    nesting = 0
-    for node in gm.graph.nodes:
-        nesting += node.target is _VMAP_ENTER
-        if nesting or node.target in _VMAP:
-            found.add(node)
-        nesting -= node.target is _VMAP_EXIT
-    for node in found:
-        name = _name(node)
-        if node.op not in ("call_function", "call_method") or isinstance(node.target, HigherOrderOperator):
-            raise NormaliseError(f"`{node}` stands under vmap")
-        if name in ("_enter_autocast", "_exit_autocast", "_set_grad_enabled", "set_inplace_requires_grad_allowed"):
-            raise NormaliseError(f"`{node}` switches a mode under vmap")
-        if node.target is not _VMAP_OUT and any(user not in found for user in node.users):
-            raise NormaliseError(f"`{node}` is read outside of vmap")
-    return frozenset(found)
-
-
 def _carry_over(gm: fx.GraphModule, new: fx.GraphModule) -> None:
     """What Dynamo says about the graph and its inputs: AOTAutograd reads static inputs and duplicates off it."""
     old_inputs, new_inputs = (list(g.graph.find_nodes(op="placeholder")) for g in (gm, new))
     for old, node in zip(old_inputs, new_inputs, strict=True):
         node.target, node.type = old.target, old.type
         node._rename(old.name)
-        node.meta = {**old.meta, "val": node.meta.get("val", _recorded(old))}
+        node.meta = {**old.meta, "val": node.meta.get("val", recorded(old))}
         if hasattr(old, "_dynamo_source"):
             node._dynamo_source = old._dynamo_source
     new.meta.update(gm.meta)
@@ -759,28 +667,12 @@ def _autocast(device: str, dtype: torch.dtype | None, enabled: bool, cache: bool
     return torch.amp.autocast(device, dtype=dtype, enabled=enabled, cache_enabled=False)
 
 
-def _recorded(node: fx.Node) -> object:
-    """What Dynamo computed for the node."""
-    return node.meta.get("example_value")
-
-
-def _name(node: fx.Node) -> str:
-    target = node.target
-    if isinstance(target, OpOverload):
-        return target._opname
-    return target if isinstance(target, str) else getattr(target, "__name__", "")
-
-
 def _is_torch(target: object) -> bool:
     if isinstance(
         target, types.BuiltinFunctionType | types.MethodDescriptorType | OpOverload | torch._ops.OpOverloadPacket
     ):
         return True
-    return _module(target).partition(".")[0] == "torch"
-
-
-def _module(target: object) -> str:
-    return getattr(target, "__module__", None) or ""
+    return module_of(target).partition(".")[0] == "torch"
 
 
 def _is_value(x: object) -> bool:

@@ -22,7 +22,7 @@ from attnfuse.passes.graph import aten, erase, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope, passed_by
 from attnfuse.passes.peel import Miss, added_loads
-from attnfuse.passes.recognise import Layout, Operand, Site, layout
+from attnfuse.passes.site import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.passes.views import PERMUTATIONS, cuts_gradient, permutation
 from attnfuse.spec import AttentionSpec

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -12,8 +12,8 @@ from torch import fx
 from attnfuse.passes.graph import SHORT_DTYPES, fake
 from attnfuse.passes.index import Size, same
 from attnfuse.passes.lift import LeafSource, Scope
-from attnfuse.passes.recognise import Site, layout, renamed
-from attnfuse.score import Call, Expr, Load, Program, Var, free_vars, loads, walk
+from attnfuse.passes.site import Site, layout
+from attnfuse.score import Call, Expr, Load, Program, Var, free_vars, loads, substitute, walk
 from attnfuse.spec import AttentionSpec, Leaf, Shape
 
 
@@ -116,3 +116,11 @@ def _hints(site: Site) -> Shape:
     kv = max(hint(x.heads, site.out) for x in layouts if x is not None)
     b, h, m, n, d, e = (hint(x, site.out) for x in (s.B, s.H, s.M, s.N, s.D, s.Dv))
     return Shape(b, h, kv, m, n, d, e)
+
+
+def renamed(program: Program, names: dict[Expr, Expr]) -> Program:
+    """The program with leaves and symbols under other names."""
+    tiers = tuple(replace(t, allowed=substitute(t.allowed, names)) for t in program.tiers)
+    return Program(
+        substitute(program.body, names), tiers, None if program.sink is None else substitute(program.sink, names)
+    )

@@ -16,7 +16,7 @@ from torch.utils import _pytree as pytree
 
 from attnfuse.passes.graph import fake
 from attnfuse.passes.peel import Miss
-from attnfuse.passes.recognise import Site
+from attnfuse.passes.site import Site
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.spec import AttentionSpec, parse_spec
 

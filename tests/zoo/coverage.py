@@ -181,8 +181,13 @@ def _alone() -> None:
     warnings.filterwarnings("ignore")
 
 
+def surplus(rows: Sequence[Row]) -> list[str]:
+    """The cells in which more was fused or kept than the model has attentions: what is too much may hide one that was missed."""
+    return [one["name"] for one in rows if one["fused"] + one["kept"] > one["expected"]]
+
+
 def totals(rows: Sequence[Row]) -> dict[tuple[str, ...], Row]:
-    """Sums by column."""
+    """Sums by column; no cell counts more attentions than it has."""
     found: dict[tuple[str, ...], Row] = defaultdict(lambda: defaultdict(int))
     for one in rows:
         total, expected = found[tuple(one["column"])], one["expected"]
@@ -304,7 +309,9 @@ def _judge(rows: Sequence[Row], console: Console) -> int:
             str(total["right"]),
         )
     console.print(shown)
-    return int(missed)
+    for name in (more := surplus(rows)):
+        console.print(f"[red]{name}[/]: more fused or kept than there are attentions", highlight=False)
+    return int(missed or bool(more))
 
 
 if __name__ == "__main__":
