@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch._inductor import compile_fx
 from torch.nn import functional as F
-from torch.nn.attention.flex_attention import create_block_mask, flex_attention
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
 
 from attnfuse.backend import listening
 from attnfuse.remark import Report
@@ -244,14 +244,23 @@ def test_the_backward_of_a_custom_function_is_the_models_own() -> None:
     assert sorted(r.code for r in report.remarks) == ["AF010", "AF036"]
 
 
-def test_flex_attention_is_kept() -> None:
-    def bias(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
-        return score + (m - n)
+def _distance(score: Tensor, b: Tensor, h: Tensor, m: Tensor, n: Tensor) -> Tensor:
+    return score + (m - n)
+
+
+def _blocks() -> BlockMask:
+    return create_block_mask(lambda b, h, m, n: n <= m, None, None, 128, 128, device="cpu")
+
+
+@pytest.mark.parametrize("blocks", ["none", "made before", "made in the graph"])
+def test_flex_attention_is_kept(blocks: str) -> None:
+    """Without a block mask, and where it is made in the graph, PyTorch makes one under vmap."""
+    made = _blocks() if blocks == "made before" else None
 
     def model(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        return flex_attention(q, k, v, score_mod=bias, block_mask=blocks), torch.softmax(q @ k.mT, -1) @ v
+        given = _blocks() if blocks == "made in the graph" else made
+        return flex_attention(q, k, v, score_mod=_distance, block_mask=given), torch.softmax(q @ k.mT, -1) @ v
 
-    blocks = create_block_mask(lambda b, h, m, n: n <= m, None, None, 128, 128, device="cpu")
     q, k, v = (randn(1, 2, 128, 16, seed=at) for at in range(3))
     report = same_as_eager(model, q, k, v)
     assert sorted(r.code for r in report.remarks) == ["AF002", "AF010"]
