@@ -186,7 +186,11 @@ def _names_a_softmax(gm: fx.GraphModule) -> bool:
         if isinstance(m, fx.GraphModule)
         for n in m.graph.nodes
     )
-    return any(part in name for name in names for part in ("softm", "attention", "exp", "transformer"))
+    return any(
+        name in ("exp", "exp_", "exp2") or part in name
+        for name in names
+        for part in ("softm", "attention", "transformer")
+    )
 
 
 def _described(error: Exception) -> str:

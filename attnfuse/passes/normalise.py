@@ -20,17 +20,19 @@ import contextlib
 import copy
 import operator
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final, cast
 from unittest import mock
 
+import sympy
 import torch
+from sympy.core.relational import Relational
 from torch import fx
 from torch._C._functorch import get_inplace_requires_grad_allowed, set_inplace_requires_grad_allowed
 from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import HigherOrderOperator, OpOverload
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, disable_fake_tensor_cache
 from torch.amp import autocast_mode
 from torch.autograd import grad_mode
 from torch.fx import traceback
@@ -40,6 +42,7 @@ from torch.fx.experimental.symbolic_shapes import ShapeEnv, rebind_unbacked
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import bound_sympy
 
 from attnfuse.passes.dynamo import VMAP_OUT, NormaliseError, batched, module_of, name_of, outdates, recorded, refuse
 
@@ -100,7 +103,7 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     if fake_mode is None:
         raise NormaliseError("the graph has no tensor input")
     try:
-        with fake_mode, _no_new_guards(fake_mode.shape_env), _no_questions_of_layout():
+        with fake_mode, _no_new_guards(fake_mode), _no_questions_of_layout():
             # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
             fake_mode.epoch += 1
             try:
@@ -272,6 +275,8 @@ class _Replay(fx.Interpreter):
                 return args[0].size(*args[1:], **kwargs)
             if n.target == "item" and isinstance(recorded(n), Sym) and "unbacked_bindings" not in n.meta:
                 return self._item(n, args[0])
+            if (product := self._product(n, args, kwargs)) is not None:
+                return product
             if n.target is torch.tensor and self.retrace.recall and (made := self._number(n, args, kwargs)) is not None:
                 return made
             operands: list[Any] = []
@@ -358,6 +363,8 @@ class _Replay(fx.Interpreter):
         nodes = []
         for i, node in enumerate(written):
             op = node.target
+            if "val" not in node.meta:
+                return
             if isinstance(op, OpOverload):
                 if op.namespace != "aten" or op._schema.is_mutable:
                     return
@@ -404,6 +411,20 @@ class _Replay(fx.Interpreter):
             node.meta = {field: current[field] for field in ("stack_trace", *_COPY_META_FIELDS) if field in current}
         return node
 
+    def _product(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensor | None:
+        """A product of symbolic sizes with the value of Dynamo: run once more, torch.matmul would ask about sizes of its own."""
+        value = recorded(n)
+        if name_of(n) != "matmul" or kwargs or self._autocasts or not self.retrace.recall:
+            return None
+        if not isinstance(value, FakeTensor) or not value._has_symbolic_sizes_strides:
+            return None
+        if torch.is_autocast_enabled(value.device.type):
+            return None
+        node = self._create(n, aten.matmul.default, tuple(map(self._node_of, args)), {})
+        node.meta["val"] = value
+        proxy_tensor.set_proxy_slot(value, self.tracer, proxy_tensor._ProxyTensor(fx.Proxy(node, self.tracer), None))
+        return value
+
     def _number(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensor | None:
         """`torch.tensor(number)` as `_write_constants` would leave it; traced, it becomes five nodes."""
         value = recorded(n)
@@ -436,8 +457,17 @@ class _Replay(fx.Interpreter):
             rebind_unbacked(self.retrace.fake_mode.shape_env, n, cast(Any, result))
         elif recall and isinstance(result, FakeTensor) and isinstance(known, FakeTensor):
             now, then = self._describe(result)[1:], self._describe(known)[1:]
-            if now != then:
+            if now != then and not self._equal(now, then):
                 raise NormaliseError(f"`{n}` is {now} in the retrace and {then} in Dynamo's graph")
+
+    def _equal(self, now: object, then: object) -> bool:
+        """Whether two descriptions are the same for all sizes; the symbols in Dynamo's may have been replaced since."""
+        if isinstance(now, tuple) and isinstance(then, tuple):
+            return len(now) == len(then) and all(map(self._equal, now, then))
+        env = self.retrace.fake_mode.shape_env
+        if env is None or not (isinstance(now, sympy.Basic) and isinstance(then, sympy.Basic)):
+            return now == then
+        return bool(sympy.expand(env.simplify(now) - env.simplify(then)) == 0)
 
     # Kept by hand
 
@@ -632,20 +662,50 @@ def _write_constants(new: fx.GraphModule, own: set[str]) -> None:
 
 
 @contextlib.contextmanager
-def _no_new_guards(shape_env: ShapeEnv | None) -> Iterator[None]:
+def _no_new_guards(fake_mode: FakeTensorMode) -> Iterator[None]:
     """Let anything raise that would make the compiled program hold for fewer sizes than Dynamo's graph does."""
+    shape_env = fake_mode.shape_env
     if shape_env is None:
         yield
-    elif hasattr(shape_env, "error_on_new_guards"):
-        with shape_env.error_on_new_guards():
-            yield
-    else:
+        return
+    with contextlib.ExitStack() as stack:
+        if shape_env.var_to_range:
+            # what the cache holds is set up anew, by questions about the bytes of a storage
+            stack.enter_context(disable_fake_tensor_cache(fake_mode))
+            stack.enter_context(mock.patch.object(shape_env, "_maybe_evaluate_static", _factored(shape_env)))
+        if hasattr(shape_env, "error_on_new_guards"):
+            stack.enter_context(shape_env.error_on_new_guards())
+        else:
 
-        def refuse(expr: object, value: object) -> None:
-            raise NormaliseError(f"the retrace would add the guard {expr} == {value}")
+            def refuse(expr: object, value: object) -> None:
+                raise NormaliseError(f"the retrace would add the guard {expr} == {value}")
 
-        with mock.patch.object(shape_env, "_check_frozen", refuse):
-            yield
+            stack.enter_context(mock.patch.object(shape_env, "_check_frozen", refuse))
+        yield
+
+
+def _factored(shape_env: ShapeEnv) -> Callable[..., sympy.Basic | None]:
+    """`_maybe_evaluate_static`, which also looks at the sides of a relation, and at their difference, as products.
+
+    A guard of Dynamo's may replace a symbol by a sum. Of 128·s0 - s0·s1, multiplied out, the ranges of the symbols no more tell
+    that it is positive, so that asking whether a tensor of so many elements is empty would add a guard.
+    """
+    known = shape_env._maybe_evaluate_static
+
+    def evaluate(expr: sympy.Basic, **kwargs: Any) -> sympy.Basic | None:
+        found = known(expr, **kwargs)
+        if found is not None or not isinstance(expr, Relational):
+            return found
+        sides = [sympy.expand(shape_env.simplify(side)) for side in (expr.lhs, expr.rhs)]
+        for left, right in (sides, (sides[0] - sides[1], sympy.Integer(0))):
+            lower, upper = (bound_sympy(sympy.factor(side), shape_env.var_to_range) for side in (left, right))
+            below, above = lower.upper < upper.lower, lower.lower > upper.upper
+            if below or above:
+                # every pair of values is in the same relation as these two
+                return sympy.sympify(expr.func(-1, 0) if below else expr.func(1, 0))
+        return None
+
+    return evaluate
 
 
 @contextlib.contextmanager
