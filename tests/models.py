@@ -104,8 +104,14 @@ class _Exactly(TorchFunctionMode):
 
 def exact(model: nn.Module, run: Callable[[nn.Module], Any]) -> Any:
     """`run` on a float64 copy of the model."""
-    with _Exactly():
-        return run(copy.deepcopy(model).double())
+    before = torch.get_default_dtype()
+    # an integer mask times finfo(float64).min would else be float32, and NaN
+    torch.set_default_dtype(torch.float64)
+    try:
+        with _Exactly():
+            return run(copy.deepcopy(model).double())
+    finally:
+        torch.set_default_dtype(before)
 
 
 @contextmanager

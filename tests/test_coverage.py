@@ -54,6 +54,20 @@ def test_totals() -> None:
     assert "| eager | training | bf16 | mask | 3 | 12 | 10 (83.3 %) | 11 (91.7 %) | 2 | 25.0 % |" in text
 
 
+def test_what_stock_cannot_run_is_not_counted() -> None:
+    failing = row(LLAMA, 0, correct=False, raised="KeyError", stock_error="KeyError")
+    (total,) = coverage.totals([failing, row(LLAMA, 4)]).values()
+    assert (total["models"], total["right"], total["expected"]) == (1, 1, 4)
+    assert f"stock torch.compile fails as well: {LLAMA.name}." in coverage.table([failing])
+    assert coverage.worse(failing, failing) == ""
+    assert (
+        coverage.worse(row(LLAMA, 0, correct=False, raised="KeyError", error="KeyError"), row(LLAMA, 4)) == "KeyError"
+    )
+    # what only attnfuse cannot run counts
+    (total,) = coverage.totals([row(LLAMA, 0, correct=False, raised="KeyError")]).values()
+    assert (total["models"], total["right"]) == (1, 0)
+
+
 def test_worse() -> None:
     before = row(LLAMA, 3)
     assert coverage.worse(row(LLAMA, 3), before) == ""

@@ -219,3 +219,72 @@ def out_written_and_written_again(q: Tensor, k: Tensor, v: Tensor, x: Tensor) ->
     torch.add(x, 1, out=c)
     c.mul_(2)
     return c
+
+
+@case()
+def writes_a_part_of_the_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    s[:, :, 1:] = s[:, :, :-1] * 0.5
+    return s.softmax(-1) @ v
+
+
+@case()
+def writes_twice_to_a_part(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    s = scores(q, k)
+    part = s[:, :, 1:]
+    part.add_(1.0)
+    part.mul_(0.5)
+    return s.softmax(-1) @ v
+
+
+@case()
+def reads_a_view_before_and_after(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s = scores(q, k)
+    view = s[:, :, :3]
+    before = view.sum(-1)
+    s.copy_(s * 0.5)
+    return before, view * 1.0
+
+
+@case()
+def takes_a_view_of_an_early_view_after(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s = scores(q, k)
+    view = s.view(2, 4, 36)
+    early = view * 0.5
+    s.copy_(early.view(2, 4, 6, 6))
+    return view[:, :, 3] * 1.0, s.softmax(-1) @ v
+
+
+@case()
+def copies_over_all_and_changes_what_was_copied(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s, other = scores(q, k), (q @ k.mT).sin()
+    s[:, :, 0:, 0:] = other
+    other.mul_(2.0)
+    return s.softmax(-1) @ v, other
+
+
+@case()
+def returns_a_tensor_and_all_of_it(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    s = scores(q, k)
+    return s, s[:, 0:]
+
+
+@case(X)
+def copies_what_is_broadcast_or_of_another_type(q: Tensor, k: Tensor, v: Tensor, x: Tensor) -> tuple[Tensor, Tensor]:
+    a, b = x.sin(), x.cos()
+    a[:] = x[0]
+    b.copy_(x.double())
+    return a, b
+
+
+def test_scores_that_are_copied_back_are_fused() -> None:
+    """MViT adds its positions to a slice of the scores which is all of them."""
+
+    def relative(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        s = scores(q, k)
+        s[:, :, 0:, 0:] = (s[:, :, 0:, 0:].view(2, 4, 2, 3, 6) + bias.view(2, 3, 6)).view(2, 4, 6, 6)
+        return s.softmax(-1) @ v
+
+    report = check(relative, *qkv(), randn(6, 6, seed=8))
+    assert [r.kind for r in report.remarks] == ["fused"]
+    assert report.fused[0].score == "s*0.5 + bias[m, n]"

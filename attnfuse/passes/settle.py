@@ -15,7 +15,7 @@ from attnfuse.passes.graph import Storage, aten, bound, fake, is_tensor, mark_no
 from attnfuse.passes.rules import RULES
 from attnfuse.passes.views import cuts_gradient
 
-_SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "triu_")
+_SETTLED: Final = ("add_", "sub_", "mul_", "div_", "masked_fill_", "tril_", "triu_", "copy_")
 """The arithmetic of scores and masks; autocast leaves all of these alone."""
 
 
@@ -23,6 +23,7 @@ def settle(graph: fx.Graph) -> int:
     """Rewrites what can be rewritten, in graph order; returns how many writes that were."""
     mark_no_grad(graph)
     _take_out_idle_dropout(graph)
+    _take_out_idle_views(graph)
     _name_likes(graph)
     _drop_unread(graph)
     replaced = 0
@@ -45,12 +46,15 @@ def settle(graph: fx.Graph) -> int:
             continue
         behind = _views_behind(source, root)
         early = (m for m in family if m is not root and m not in behind and storage.position[m] < last)
-        if root.op != "call_function" or storage.entangled(root) or any(_functional(m) is None for m in early):
+        if root.op != "call_function" or storage.entangled(root) or not _writes_whole(source, root):
+            continue
+        if any(_shows_writes(m, storage) for m in early):
             continue
         same = [m for m in family if m is source or (m is root and not behind) or _functional(m) is not None]
         late = [u for m in same for u in m.users if u is not node and storage.position[u] > storage.position[node]]
         with graph.inserting_before(node):
-            new = graph.call_function(functional, node.args, node.kwargs)
+            args = (node.args[1],) if functional is aten.clone.default else node.args
+            new = graph.call_function(functional, args, node.kwargs)
         new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         for user in late:
@@ -60,6 +64,26 @@ def settle(graph: fx.Graph) -> int:
         storage.renew(node, new)
         replaced += 1
     return replaced
+
+
+def _shows_writes(member: fx.Node, storage: Storage) -> bool:
+    """Whether somebody reads a view after the first write that follows it, and so sees what was written."""
+    if _functional(member) is not None:
+        return False
+    at = storage.position[member]
+    first = next((w for w in storage.writes(member) if w > at), None)
+    return first is not None and any(storage.position[user] > first for user in member.users)
+
+
+def _writes_whole(source: fx.Node, root: fx.Node) -> bool:
+    """Whether what is written to `source` replaces the whole of the tensor that owns the storage."""
+    at = source
+    while at is not root:
+        above = at.args[0] if at.args else None
+        if not isinstance(above, fx.Node) or (_functional(at) is None and not _is_whole(at, above)):
+            return False
+        at = above
+    return True
 
 
 def _views_behind(source: fx.Node, root: fx.Node) -> list[fx.Node]:
@@ -101,9 +125,13 @@ def _functional(node: fx.Node) -> Any | None:
         return None
     if name not in _SETTLED or not node.args or not is_tensor(node.args[0]):
         return None
-    overload = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     source = node.args[0]
     assert isinstance(source, fx.Node)
+    if name == "copy_":
+        # a copy of the same layout is another tensor with the same elements
+        alike = len(node.args) == 2 and is_tensor(node.args[1]) and _same_layout(source, node.args[1])
+        return aten.clone.default if alike and not node.kwargs else None
+    overload = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     if overload is None or not _keeps_type(node, source):
         return None
     return overload
@@ -209,6 +237,30 @@ def _take_out_idle_dropout(graph: fx.Graph) -> None:
             if args["train"] is False or (isinstance(args["p"], int | float) and args["p"] == 0):
                 node.replace_all_uses_with(args["input"])
                 graph.erase_node(node)
+
+
+def _take_out_idle_views(graph: fx.Graph) -> None:
+    """A view that shows all of a tensor, each element in its place, is the tensor: `x[:, 0:]`."""
+    for node in list(graph.nodes):
+        if node.target not in (aten.slice.Tensor, aten.alias.default) or "attnfuse_no_grad" in node.meta:
+            continue
+        source = node.args[0]
+        returned = any(user.op == "output" for user in node.users)
+        # an input that is returned, and a view of one, are things that the caller tells apart
+        if isinstance(source, fx.Node) and source.op == "call_function" and not returned and _same_layout(node, source):
+            node.replace_all_uses_with(source)
+            graph.erase_node(node)
+
+
+def _same_layout(a: object, b: object) -> bool:
+    """Whether two tensors have the same type, sizes and strides, all of them numbers."""
+    if not (is_tensor(a) and is_tensor(b)):
+        return False
+    x, y = fake(a), fake(b)  # type: ignore[arg-type]
+    numbers = all(isinstance(n, int) for z in (x, y) for n in (*z.shape, *z.stride(), z.storage_offset()))
+    if not numbers or x.dtype != y.dtype or x.device != y.device:
+        return False
+    return x.shape == y.shape and x.stride() == y.stride() and _is_dense(x)
 
 
 def _name_likes(graph: fx.Graph) -> None:

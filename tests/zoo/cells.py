@@ -74,7 +74,9 @@ def outputs(model: nn.Module, given: Inputs) -> tuple[Tensor, ...]:
 def results(model: nn.Module, given: Inputs, training: bool) -> dict[str, Tensor]:
     """Outputs by name and, in training, the gradients of a weighted sum of them."""
     model.zero_grad()
-    with torch.set_grad_enabled(training):
+    # BigBird seeds numpy for its random blocks; by default Dynamo draws others
+    same_draws = torch._dynamo.config.patch(use_numpy_random_stream=True)
+    with torch.set_grad_enabled(training), same_draws:
         outs = outputs(model, given)
         found = {f"output {at}": out.detach() for at, out in enumerate(outs)}
         if training:

@@ -186,10 +186,15 @@ def surplus(rows: Sequence[Row]) -> list[str]:
     return [one["name"] for one in rows if one["fused"] + one["kept"] > one["expected"]]
 
 
+def counted(rows: Sequence[Row]) -> list[Row]:
+    """The rows without those of cells that torch.compile cannot run, with stock Inductor either."""
+    return [one for one in rows if not ("raised" in one and "stock_error" in one)]
+
+
 def totals(rows: Sequence[Row]) -> dict[tuple[str, ...], Row]:
-    """Sums by column; no cell counts more attentions than it has."""
+    """Sums by column, of the rows that are counted; no cell counts more attentions than it has."""
     found: dict[tuple[str, ...], Row] = defaultdict(lambda: defaultdict(int))
-    for one in rows:
+    for one in counted(rows):
         total, expected = found[tuple(one["column"])], one["expected"]
         taken = min(one["fused"] + one["kept"], expected)
         measured = sum(count for code, count in one["codes"].items() if code in MEASURED)
@@ -221,11 +226,16 @@ def table(rows: Sequence[Row]) -> str:
             f"{100 * stock / total['expected']:.1f} %",
         ]
         lines.append("| " + " | ".join(map(str, cells_)) + " |")
+    out = {one["name"] for one in rows} - {one["name"] for one in counted(rows)}
+    if out:
+        lines += ["", f"Not counted, as stock torch.compile fails as well: {', '.join(sorted(out))}."]
     return "\n".join(lines)
 
 
 def worse(new: Row, old: Row | None) -> str:
     """Why a row is worse than the one on file, or nothing."""
+    if "raised" in new and old is not None and not counted([old]):
+        return ""
     if not new["correct"] and (old is None or old["correct"]):
         return new.get("error", "wrong")
     taken = new["fused"] + new["kept"]
