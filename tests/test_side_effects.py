@@ -288,3 +288,21 @@ def test_scores_that_are_copied_back_are_fused() -> None:
     report = check(relative, *qkv(), randn(6, 6, seed=8))
     assert [r.kind for r in report.remarks] == ["fused"]
     assert report.fused[0].score == "s*0.5 + bias[m, n]"
+
+
+def test_a_sum_in_float32_that_is_written_to_bfloat16_is_rounded_once() -> None:
+    """LongT5's mask is float32 in any model; added in place it leaves the scores their type."""
+
+    def biased(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> tuple[Tensor, Tensor]:
+        s = q @ k.mT
+        s += bias
+        steps = torch.arange(6)
+        steps += 1
+        return s.float().softmax(-1).to(q.dtype) @ v, steps
+
+    report = check(biased, *qkv(dtype=torch.bfloat16), randn(6, 6, seed=8))
+    assert [r.kind for r in report.remarks] == ["fused"]
+    report = check(
+        lambda q, k, v, bias: biased(q, k, v, bias)[0].double(), *qkv(dtype=torch.float16), randn(6, 6, seed=8)
+    )
+    assert [r.kind for r in report.remarks] == ["fused"]

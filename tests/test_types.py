@@ -280,6 +280,22 @@ def test_a_float32_mask_on_scores_that_are_rounded_to_bfloat16() -> None:
     assert remark.kind == "fused"
 
 
+@pytest.mark.parametrize("masked", [False, True])
+def test_bfloat16_scores_that_were_float32_before_the_softmax(masked: bool) -> None:
+    """What was added before the cast is one bfloat16 number (Funnel); a mask times a number is none that could be too large."""
+
+    def widened(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor, mask: Tensor) -> Tensor:
+        scores = (q @ k.mT + a + b).float()
+        if masked:
+            scores = scores - 1e6 * (~mask).float()
+        return torch.softmax(scores, -1, dtype=q.dtype) @ v
+
+    a, b = (torch.linspace(start, -start, 36).view(6, 6).bfloat16() for start in (-2, 1))
+    mask = torch.tensor([1, 1, 0, 1, 1, 0]).bool()
+    (remark,) = check(widened, *qkv(dtype=torch.bfloat16), a, b, mask).remarks
+    assert remark.kind == "fused"
+
+
 _LEAST = torch.finfo(torch.bfloat16).min
 ROUNDED: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
     "made larger by a factor": (torch.bfloat16, lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) * 1.5),
@@ -288,6 +304,11 @@ ROUNDED: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
     "a constant beside": (
         torch.bfloat16,
         lambda s, a, b: s + a.float() + torch.where(torch.arange(6) > 2, -(2.0**110), 0.0),
+    ),
+    "a negative of the greatest": (torch.bfloat16, lambda s, a, b: s - torch.where(a > 0, -_LEAST, 0.0) * 2),
+    "an integer times the least": (
+        torch.bfloat16,
+        lambda s, a, b: s + torch.where(a > 0, _LEAST, 0.0) + (a > 1).int() * -(2.0**120),
     ),
     "products in float32": (torch.float32, lambda s, a, b: s + a.float()),
 }

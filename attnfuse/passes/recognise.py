@@ -253,7 +253,9 @@ def _with_queries(
     if claim.found is None:
         return None
     program = program_of(expr, fake(source).dtype)
-    check_rounding(scope, softmax, source, claim.found.node, expr)
+    check_rounding(
+        scope, softmax, source, claim.found.node, expr, lambda node: scope.lifter.lift(node, axes.index, claim)
+    )
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
     leaves = scope.table.leaves

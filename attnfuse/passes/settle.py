@@ -56,6 +56,12 @@ def settle(graph: fx.Graph) -> int:
             args = (node.args[1],) if functional is aten.clone.default else node.args
             new = graph.call_function(functional, args, node.kwargs)
         new.meta = dict(node.meta)
+        wide = _computed_in(node, source)
+        if wide is not None and wide != fake(node).dtype:
+            new.meta["val"] = fake(node).to(wide)
+            with graph.inserting_before(node):
+                new = graph.call_function(aten.to.dtype, (new, fake(node).dtype))
+            new.meta = dict(node.meta)
         node.replace_all_uses_with(new)
         for user in late:
             for member in same:
@@ -132,23 +138,26 @@ def _functional(node: fx.Node) -> Any | None:
         alike = len(node.args) == 2 and is_tensor(node.args[1]) and _same_layout(source, node.args[1])
         return aten.clone.default if alike and not node.kwargs else None
     overload = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
-    if overload is None or not _keeps_type(node, source):
+    if overload is None or _computed_in(node, source) is None:
         return None
     return overload
 
 
-def _keeps_type(node: fx.Node, source: fx.Node) -> bool:
-    """Whether promotion and broadcasting leave the first argument's type and shape as they are."""
+def _computed_in(node: fx.Node, source: fx.Node) -> torch.dtype | None:
+    """The type in which an in-place operator computes before it casts to its first argument's, or None where that is no wider
+    floating-point type, or broadcasting would give another shape."""
     own = fake(source)
+    found = own.dtype
     for arg in (*node.args[1:], *node.kwargs.values()):
         if is_tensor(arg):
             assert isinstance(arg, fx.Node)
             other = fake(arg)
-            if other.dim() > own.dim() or (other.dtype != torch.bool and torch.result_type(own, other) != own.dtype):
-                return False
-        elif isinstance(arg, int | float) and torch.result_type(own, arg) != own.dtype:
-            return False
-    return True
+            if other.dim() > own.dim():
+                return None
+            found = torch.promote_types(found, torch.result_type(own, other)) if other.dtype != torch.bool else found
+        elif isinstance(arg, int | float):
+            found = torch.promote_types(found, torch.result_type(own, arg))
+    return found if found == own.dtype or own.dtype.is_floating_point else None
 
 
 def _drop_unread(graph: fx.Graph) -> None:
