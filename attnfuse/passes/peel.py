@@ -19,7 +19,7 @@ from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, regroup, same
 from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
-from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
+from attnfuse.score import BOOLEANS, TRUE, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
 
 
 class Miss(Exception):
@@ -327,6 +327,8 @@ def emptied(program: Program, down: Descent) -> Program:
         Miss: AF023 where that changes other weights than those of keys that the scores' mask excludes.
     """
     for kept, of_nan in down.kept:
+        if kept == TRUE:
+            continue
         joined: Expr | None = None
         for tier in program.tiers:
             joined = tier.allowed if joined is None else call("and", joined, tier.allowed)
