@@ -68,6 +68,15 @@ def test_what_stock_cannot_run_is_not_counted() -> None:
     assert (total["models"], total["right"]) == (1, 0)
 
 
+def test_layers_that_run_the_same_code_count_each() -> None:
+    broken = row(LLAMA, 2, missed=0, graphs=7)
+    assert coverage.totals([broken])[LLAMA.column]["taken"] == 4
+    assert coverage.totals([broken | {"missed": 2}])[LLAMA.column]["taken"] == 2
+    # something else may hide there
+    for hidden in ({"failed": 1}, {"graphs": 1}, {"missed": 1}):
+        assert coverage.totals([broken | hidden])[LLAMA.column]["taken"] == 2
+
+
 def test_worse() -> None:
     before = row(LLAMA, 3)
     assert coverage.worse(row(LLAMA, 3), before) == ""
