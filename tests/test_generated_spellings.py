@@ -52,8 +52,18 @@ ROUNDING = (
     # nothing else, back to the greatest score, so that eager is more exact here than any softmax.
     "heads-third documents einsum-k-q s*learned where exp-times-reciprocal einsum-out dropout-not-training -1e4",
     "sequence-first-flat matmul-permute s*learned shifted-softmax sequence-first-out repeat-interleave dropout-training upcast-scores",
+    "heads-third lengths bmm q*c add-log exp-over-sum contiguous-view broadcast-groups dropout-not-training alibi -inf longer",
+    # In a row all of whose keys are excluded by -1e4, scores have three decimals left, in eager as in a kernel. What is lost is
+    # the same size, but not the same number; with few such rows eager's may be the smaller one by more than the half.
+    "causal-and-left-padding einsum-k-q q*c add-one-minus-mask exp-minus-logsumexp contiguous-view one-kv-head dropout-0 "
+    "upcast-operands alibi -1e4 equal",
+    "heads-third causal-and-left-padding matmul-permute add-one-minus-mask exp-times-reciprocal sequence-first-out "
+    "repeat-interleave dropout-not-training upcast-operands dense-bias -1e4 equal",
+    "fused causal-and-left-padding baddbmm s/c add-one-minus-mask F.softmax dropout-training upcast-operands alibi -1e4",
+    "heads-third causal-and-left-padding q*c add-zeros-filled normalised-after-product sequence-first-out dropout-not-training "
+    "alibi -1e4",
 )
-"""Cases of the sweep whose gradients are above the limit, by less than its double."""
+"""Cases of the sweep with a result above the limit, by less than its double."""
 
 
 def known_of(case: Case) -> Known | None:

@@ -298,3 +298,18 @@ def log_sum_exp_over_the_queries(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tenso
 def value_made_of_the_log_sum_exp(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     s = scores(q, k)
     return s.softmax(-1) @ (v * s.logsumexp(-1, keepdim=True))
+
+
+def test_a_softmax_that_is_normalised_once_more_has_one_remark() -> None:
+    """At first it is taken for exponentials over their sum; left as it stands, the softmax in it is an anchor of its own."""
+
+    def renormalised(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT + torch.where(pad[:, None, None], 0.0, torch.finfo(q.dtype).min)
+        weights = scores.softmax(-1)
+        return (weights / weights.sum(-1, keepdim=True)) @ v, (q @ k.mT).tanh().softmax(-1) @ v
+
+    pad = torch.ones(2, 6, dtype=torch.bool)
+    pad[1, 3:] = False
+    report = check(renormalised, *qkv(), pad)
+    assert [r.kind for r in report.remarks] == ["missed", "fused"]
+    assert report.remarks[0].code == "AF021"

@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -86,9 +86,25 @@ def _remarks(first: Work, last: Work) -> Iterator[Remark]:
     for (scope, anchor, _), remark in zip(first.found, first.remarks, strict=False):
         key = scope, anchor.meta.get(RESPELLED, anchor.name)
         seen = found.pop(key, None) or found.pop((scope, anchor.name), None)
+        if seen is None and key in last.leave:
+            # what was respelled may itself be a softmax, normalised once more
+            seen = found.pop((scope, _softmax_above(last.scopes[scope], key[1], found, scope)), None)
         if seen is not None or key in last.leave:
             yield seen or remark
     yield from found.values()
+
+
+def _softmax_above(scope: Scope, name: str, found: Mapping[tuple[int, str], Remark], number: int) -> str:
+    """The nearest softmax that goes into the node of that name, of those that are in `found`; or nothing."""
+    todo = [node for node in scope.module.graph.nodes if node.name == name]
+    seen = set(todo)
+    for node in todo:
+        if (number, node.name) in found:
+            return str(node.name)
+        above = [x for x in node.all_input_nodes if x not in seen]
+        seen.update(above)
+        todo += above
+    return ""
 
 
 def _through(work: Work) -> Work:
