@@ -304,7 +304,7 @@ def test_a_softmax_that_is_normalised_once_more_has_one_remark() -> None:
     """At first it is taken for exponentials over their sum; left as it stands, the softmax in it is an anchor of its own."""
 
     def renormalised(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
-        scores = q @ k.mT + torch.where(pad[:, None, None], 0.0, torch.finfo(q.dtype).min)
+        scores = q @ k.mT + torch.where(pad[:, None, None], torch.zeros((), dtype=q.dtype), torch.finfo(q.dtype).min)
         weights = scores.softmax(-1)
         return (weights / weights.sum(-1, keepdim=True)) @ v, (q @ k.mT).tanh().softmax(-1) @ v
 
