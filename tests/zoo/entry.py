@@ -96,12 +96,14 @@ def entry(
     mask: bool = True,
     no_dropout: Sequence[str] = (),
     float64: bool = True,
+    drawing: str = "",
     note: str = "",
     **differs: Any,
 ) -> Entry:
     """An entry of transformers, from the names of its classes and the fields in which its configuration differs from DEFAULTS.
 
-    Fields named in `no_dropout` stay 0 when the model is built with dropout.
+    Fields named in `no_dropout` stay 0 when the model is built with dropout; modules of the class named `drawing`, which draw other
+    random numbers in training, stay in evaluation mode.
     """
 
     def build(implementation: str, dropout: float) -> nn.Module:
@@ -117,7 +119,11 @@ def entry(
         for part in _parts(made):
             _set_dropout(part, dropout, no_dropout)
         torch.manual_seed(SEED)
-        return settled(model_class(made), inputs(False))
+        built = settled(model_class(made), inputs(False))
+        for module in built.modules():
+            if type(module).__name__ == drawing:
+                module.train = lambda mode=True, module=module: module
+        return built
 
     return Entry(
         name=name,

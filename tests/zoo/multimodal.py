@@ -54,6 +54,7 @@ ENTRIES = [
         "GroupViTModel",
         _image_and_text,
         sdpa=False,
+        drawing="GroupViTAssignAttention",
         vision_config=GROUPS,
         projection_intermediate_dim=96,
     ),
