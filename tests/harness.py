@@ -1,8 +1,9 @@
 """How tests run a function through the backend: `report_of` for what the passes say, `check` for what the program computes."""
 
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, Final
 
+import pytest
 import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
@@ -88,6 +89,10 @@ def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool =
             continue
         scale = terms.greatest(true) if name.startswith("gradient") else None
         assert_close(mine, theirs, true, scale, what=name)
+
+
+OLDER_TORCH: Final = torch.__version__ < "2.13"
+since_2_13: Final = pytest.mark.skipif(OLDER_TORCH, reason="stock PyTorch before 2.13 fails at this too")
 
 
 class Terms(TorchDispatchMode):

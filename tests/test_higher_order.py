@@ -15,7 +15,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from attnfuse.backend import listening
 from attnfuse.remark import Report
-from tests.harness import check, qkv, randn
+from tests.harness import check, qkv, randn, since_2_13
 
 CAUSAL_AND_PADDED = "s*0.5 where n <= m & pad[b, n] else +min"
 
@@ -84,6 +84,7 @@ def test_a_region_with_another_mask_at_each_call_keeps_it_as_data() -> None:
     assert "<=" not in remark.score
 
 
+@since_2_13
 @pytest.mark.parametrize("downstream", ["aot_eager", "inductor"])
 def test_bodies_of_one_region_with_a_mask_each(downstream: str) -> None:
     """Called in the graph and within another region, a region has two bodies, and Dynamo gives them one name."""
@@ -114,6 +115,7 @@ def test_a_region_that_returns_the_attention(gradients: bool) -> None:
     assert [r.code for r in report.remarks] == ["AF036" if gradients else "AF000"]
 
 
+@since_2_13
 def test_outputs_of_a_region_that_have_no_gradient() -> None:
     @torch.compiler.nested_compile_region
     def once(x: Tensor, weights: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
@@ -276,7 +278,7 @@ def under_vmap(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return plain(scaled, k, v) + torch.vmap(plain, in_dims=(0, None, 0))(q, k[0], v)
 
 
-@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize("dynamic", [False, pytest.param(True, marks=since_2_13)])
 def test_what_runs_under_vmap_is_left_as_it_is(dynamic: bool) -> None:
     report = check(under_vmap, *qkv(), dynamic=dynamic, options={"inline_scores": 0})
     assert sorted(r.code for r in report.remarks) == ["AF010", "AF036"]
