@@ -509,7 +509,7 @@ def softcap_after_the_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 def key_written_in_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     k = k * 1
     weights = (q @ k.mT).softmax(-1)
-    k.add_(1)
+    k[:, :, 1:].add_(1)
     return weights @ v + k
 
 

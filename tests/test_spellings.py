@@ -959,6 +959,15 @@ def weights_set_to_zero_nowhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 # In place
 
 
+@spelling("s", gradients=False)
+def all_of_the_key_written_in_between(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """What is added to is another tensor from then on; with gradients eager refuses it."""
+    k = k * 1
+    weights = (q @ k.mT).softmax(-1)
+    k.add_(1)
+    return weights @ v + k
+
+
 @spelling("s*0.5 where n < m + 1 else -inf")
 def scaled_and_masked_in_place(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     s = q @ k.mT
