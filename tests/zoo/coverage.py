@@ -173,11 +173,15 @@ def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[Row]
 
 
 def _alone() -> None:
+    import logging
     import warnings
 
     import torch
 
     torch.set_num_threads(1)
+    # graph breaks and the kernels that a model would rather have, for hundreds of cells
+    torch._logging.set_logs(all=logging.CRITICAL)
+    os.environ["TRANSFORMERS_VERBOSITY"] = "error"
     warnings.filterwarnings("ignore")
 
 
