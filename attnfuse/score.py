@@ -368,6 +368,16 @@ def loads(expr: Expr) -> tuple[Load, ...]:
     return tuple(dict.fromkeys(e for e in walk(expr) if isinstance(e, Load)))
 
 
+def added_loads(expr: Expr) -> list[Load]:
+    """The loads whose values, and not only whose truth, go into an expression."""
+    if isinstance(expr, Load):
+        return [expr]
+    if not isinstance(expr, Call) or expr.op in BOOLEANS:
+        return []
+    parts = expr.args[1:] if expr.op == "where" else expr.args
+    return [load for part in parts for load in added_loads(part)]
+
+
 def free_vars(expr: Expr) -> frozenset[str]:
     """Names of the variables in `expr`, those in indices of loads included."""
     return frozenset(e.name for e in walk(expr) if isinstance(e, Var))

@@ -12,10 +12,10 @@ from torch import fx
 from attnfuse.passes.graph import between, fake, packet, shape
 from attnfuse.passes.index import same
 from attnfuse.passes.lift import Scope
-from attnfuse.passes.peel import Miss, added_loads
+from attnfuse.passes.peel import Miss
 from attnfuse.passes.site import Site
 from attnfuse.passes.views import cuts_gradient, through_view
-from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, S, loads, substitute, walk
+from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, S, added_loads, loads, substitute, walk
 
 __all__ = ["check", "check_rounding"]
 

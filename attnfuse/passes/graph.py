@@ -161,6 +161,10 @@ class Storage:
         for member in self.members[new]:
             self._root[member] = new
 
+    def include(self, node: fx.Node, at: int) -> None:
+        """Records a new node that shares storage with no other."""
+        self.position[node], self._root[node], self.members[node] = at, node, [node]
+
     def _first_with_storage(self, node: fx.Node) -> fx.Node:
         """The first input that shares storage with this one (Dynamo's fake inputs alias as the real ones do)."""
         if not is_tensor(node):

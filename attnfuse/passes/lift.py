@@ -226,6 +226,11 @@ class Lifter:
             self.memo[key] = expr
         return expr
 
+    def greatest(self, load: Load) -> float:
+        """The greatest number that a leaf of floating-point numbers can hold; 0 for any other."""
+        dtype = fake(self.scope.table.leaves[load.leaf].node).dtype
+        return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
+
     def leaf(self, node: fx.Node, index: Sequence[Index]) -> Expr:
         """A load of the node itself."""
         if fake(node).dtype not in SHORT_DTYPES:

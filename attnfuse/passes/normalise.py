@@ -414,7 +414,12 @@ class _Replay(fx.Interpreter):
     def _product(self, n: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> FakeTensor | None:
         """A product of symbolic sizes with the value of Dynamo: run once more, torch.matmul would ask about sizes of its own."""
         value = recorded(n)
-        if name_of(n) != "matmul" or kwargs or self._autocasts or not self.retrace.recall:
+        if (
+            n.target not in (torch.matmul, operator.matmul, "matmul", "__matmul__")
+            or kwargs
+            or self._autocasts
+            or not self.retrace.recall
+        ):
             return None
         if not isinstance(value, FakeTensor) or not value._has_symbolic_sizes_strides:
             return None

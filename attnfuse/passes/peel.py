@@ -19,7 +19,21 @@ from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, regroup, same
 from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
-from attnfuse.score import BOOLEANS, TRUE, Call, Const, Expr, Load, Program, Tier, Var, call, free_vars, loads, walk
+from attnfuse.score import (
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Load,
+    Program,
+    Tier,
+    Var,
+    added_loads,
+    call,
+    free_vars,
+    loads,
+    walk,
+)
 
 
 class Miss(Exception):
@@ -104,16 +118,6 @@ def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
 
 # Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.
 _ABSORBED: Final = 2.0**100
-
-
-def added_loads(expr: Expr) -> list[Load]:
-    """The loads whose values, and not only whose truth, go into an expression."""
-    if isinstance(expr, Load):
-        return [expr]
-    if not isinstance(expr, Call) or expr.op in BOOLEANS:
-        return []
-    parts = expr.args[1:] if expr.op == "where" else expr.args
-    return [load for part in parts for load in added_loads(part)]
 
 
 def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:

@@ -21,10 +21,11 @@ from attnfuse import ops
 from attnfuse.passes.graph import aten, erase, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope, passed_by
-from attnfuse.passes.peel import Miss, added_loads
+from attnfuse.passes.peel import Miss
 from attnfuse.passes.site import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.passes.views import PERMUTATIONS, cuts_gradient, permutation
+from attnfuse.score import added_loads
 from attnfuse.spec import AttentionSpec
 from attnfuse.templates.inline import Inline, written_out
 from attnfuse.templates.library import Call

@@ -18,7 +18,7 @@ from attnfuse import score
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
 from attnfuse.passes.views import VIEWS, through
-from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, call, free_vars, loads, walk
+from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, added_loads, call, free_vars, loads, walk
 from attnfuse.tiles import Env, interval
 
 if TYPE_CHECKING:
@@ -442,6 +442,8 @@ def _cast(at: At) -> Expr:
         greatest = torch.finfo(at.dtype).max if at.dtype in _LOW_PRECISION else math.inf
         if any(isinstance(e, Const) and type(e.value) is float and abs(e.value) > greatest for e in walk(expr)):
             raise Unliftable(f"a fill beyond the range of {at.dtype}")
+        if greatest < math.inf and any(at.lifter.greatest(load) > greatest for load in added_loads(expr)):
+            raise Unliftable(f"a tensor whose values may be beyond the range of {at.dtype}")
     return at.lifter.collapsed(at.node, at.index, rounded(expr, at.dtype))
 
 

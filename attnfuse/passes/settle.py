@@ -41,14 +41,14 @@ def settle(graph: fx.Graph) -> int:
         family = storage.members[root]
         # a view that was taken before a write shows it; one taken after all of them is a view of the result
         last = max(storage.writes(root), default=-1)
+        if root.op != "call_function" or not is_tensor(root) or storage.entangled(root):
+            continue
         if cuts_gradient(node) != cuts_gradient(root):
             # a write under no_grad keeps the gradient of what it writes to
             continue
         behind = _views_behind(source, root)
         early = (m for m in family if m is not root and m not in behind and storage.position[m] < last)
-        if root.op != "call_function" or storage.entangled(root) or not _writes_whole(source, root):
-            continue
-        if any(_shows_writes(m, storage) for m in early):
+        if any(_functional(m) is None and not _is_read_only(m, storage) for m in early):
             continue
         same = [m for m in family if m is source or (m is root and not behind) or _functional(m) is not None]
         late = [u for m in same for u in m.users if u is not node and storage.position[u] > storage.position[node]]
@@ -59,6 +59,7 @@ def settle(graph: fx.Graph) -> int:
         wide = _computed_in(node, source)
         if wide is not None and wide != fake(node).dtype:
             new.meta["val"] = fake(node).to(wide)
+            storage.include(new, storage.position[node])
             with graph.inserting_before(node):
                 new = graph.call_function(aten.to.dtype, (new, fake(node).dtype))
             new.meta = dict(node.meta)
@@ -72,24 +73,11 @@ def settle(graph: fx.Graph) -> int:
     return replaced
 
 
-def _shows_writes(member: fx.Node, storage: Storage) -> bool:
-    """Whether somebody reads a view after the first write that follows it, and so sees what was written."""
-    if _functional(member) is not None:
-        return False
-    at = storage.position[member]
-    first = next((w for w in storage.writes(member) if w > at), None)
-    return first is not None and any(storage.position[user] > first for user in member.users)
-
-
-def _writes_whole(source: fx.Node, root: fx.Node) -> bool:
-    """Whether what is written to `source` replaces the whole of the tensor that owns the storage."""
-    at = source
-    while at is not root:
-        above = at.args[0] if at.args else None
-        if not isinstance(above, fx.Node) or (_functional(at) is None and not _is_whole(at, above)):
-            return False
-        at = above
-    return True
+def _is_read_only(view: fx.Node, storage: Storage) -> bool:
+    """Whether a view is only read, and before the next write, so that it never shows one. Views of it are asked by themselves."""
+    at = storage.position[view]
+    next_write = next((w for w in storage.writes(view) if w > at), None)
+    return next_write is not None and all(storage.position[user] < next_write for user in view.users)
 
 
 def _views_behind(source: fx.Node, root: fx.Node) -> list[fx.Node]:
@@ -135,12 +123,32 @@ def _functional(node: fx.Node) -> Any | None:
     assert isinstance(source, fx.Node)
     if name == "copy_":
         # a copy of the same layout is another tensor with the same elements
-        alike = len(node.args) == 2 and is_tensor(node.args[1]) and _same_layout(source, node.args[1])
-        return aten.clone.default if alike and not node.kwargs else None
+        alike = len(node.args) == 2 and not node.kwargs and _same_layout(source, node.args[1])
+        return aten.clone.default if alike and _keeps_gradient(source, node.args[1]) else None
     overload = getattr(getattr(aten, name[:-1], None), target._overloadname, None)
     if overload is None or _computed_in(node, source) is None:
         return None
     return overload
+
+
+def _keeps_gradient(written: fx.Node, copied: Any) -> bool:
+    """Whether what is copied was made of the tensor that it is written to, so that it asks for a gradient if that does.
+
+    The result of a write asks for one if the tensor did; without that path, it and what the tensor was made of would get none.
+    """
+    if not fake(written).dtype.is_floating_point:
+        return True
+    todo, seen = [copied], set()
+    while todo:
+        node = todo.pop()
+        if node is written:
+            return True
+        if node in seen or not is_tensor(node) or not fake(node).dtype.is_floating_point:
+            continue
+        seen.add(node)
+        if node.op == "call_function" and packet(node) not in ("", "detach", "detach_") and not cuts_gradient(node):
+            todo.extend(node.all_input_nodes)
+    return False
 
 
 def _computed_in(node: fx.Node, source: fx.Node) -> torch.dtype | None:
@@ -249,16 +257,24 @@ def _take_out_idle_dropout(graph: fx.Graph) -> None:
 
 
 def _take_out_idle_views(graph: fx.Graph) -> None:
-    """A view that shows all of a tensor, each element in its place, is the tensor: `x[:, 0:]`."""
-    for node in list(graph.nodes):
-        if node.target not in (aten.slice.Tensor, aten.alias.default) or "attnfuse_no_grad" in node.meta:
-            continue
+    """A slice that is all of a tensor is the tensor, `x[:, 0:]`, unless something in the graph changes a shape in place."""
+    slices = graph.find_nodes(op="call_function", target=aten.slice.Tensor)
+    if not slices or any(_changes_metadata(node) for node in graph.nodes):
+        return
+    for node in slices:
         source = node.args[0]
-        returned = any(user.op == "output" for user in node.users)
-        # an input that is returned, and a view of one, are things that the caller tells apart
-        if isinstance(source, fx.Node) and source.op == "call_function" and not returned and _same_layout(node, source):
+        # what is returned, and an input, are things that the caller tells apart
+        returned = any(user.op == "output" for x in (node, source) for user in x.users)
+        if source.op == "call_function" and not returned and not cuts_gradient(node) and _same_layout(node, source):
             node.replace_all_uses_with(source)
             graph.erase_node(node)
+
+
+def _changes_metadata(node: fx.Node) -> bool:
+    target = node.target
+    return node.op == "call_method" or (
+        isinstance(target, torch._ops.OpOverload) and torch.Tag.inplace_view in target.tags
+    )
 
 
 def _same_layout(a: object, b: object) -> bool:
