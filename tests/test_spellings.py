@@ -1302,3 +1302,27 @@ def test_dropout(spelling: str, p: float) -> None:
     (actual,) = torch.autograd.grad(outs[0], q, dout)
     (expected,) = torch.autograd.grad((weights * (first != 0) / (1 - p)), q, dout)
     torch.testing.assert_close(actual, expected)
+
+
+def test_sizes_that_a_guard_has_replaced_by_sums() -> None:
+    """The lengths of two windows make up a known one: one of them becomes 12 less the other, and what Dynamo knew of products of
+    it is not seen in the sums that they are then (Qwen2.5-VL)."""
+
+    def windows(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+        parts = [((a @ b.transpose(2, 3)) * 0.5).softmax(-1) @ c for a, b, c in ((q, k, v), (q2, k2, v2))]
+        return torch.cat([part.transpose(1, 2).contiguous() for part in parts], 1).reshape(2, 12, 16)
+
+    report = check(windows, *qkv(M=5), *qkv(M=7), dynamic=True)
+    assert [verdict(remark) for remark in report.remarks] == ["s*0.5", "s*0.5"]
+
+
+def test_a_tensor_that_is_a_size() -> None:
+    """Longformer divides a length by torch.div, and views by what that gives."""
+
+    def folded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        half = torch.div(q.shape[2], 2, rounding_mode="trunc")
+        k = k.view(2, 4, half, 2, 4).flatten(2, 3)
+        return ((q @ k.mT) * 0.5).softmax(-1) @ v
+
+    (remark,) = check(folded, *qkv()).remarks
+    assert verdict(remark) == "s*0.5"
