@@ -22,7 +22,7 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from attnfuse.score import Call, Const, Expr, Load, Var, walk
+from attnfuse.score import ALWAYS_FLOAT, ROUNDINGS, Call, Const, Expr, Load, Var, walk
 from attnfuse.spec import AttentionSpec
 
 
@@ -206,7 +206,7 @@ class Evaluator:
                 self.faults[expr] = f"{expr} divides by zero"
                 defined = _both(defined, divides)
                 data[1] = torch.where(divides, data[1], 1)
-        if expr.op in _IN_FLOAT:
+        if expr.op in ALWAYS_FLOAT:
             data = [x.to(self.dtype) for x in data]
         return _Value(_OPERATIONS[expr.op](*data), defined)
 
@@ -261,7 +261,10 @@ def _logic(op: str, a: _Value, b: _Value) -> _Value:
     return _Value(data, (first & decided_by_a) | (second & decided_by_b) | (first & second))
 
 
-_IN_FLOAT: Final = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float")
+def _beyond(limit: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.masked_fill(x >= limit, torch.inf).masked_fill(x <= -limit, -torch.inf)
+
+
 _OPERATIONS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "add": torch.add,
     "sub": torch.sub,
@@ -288,4 +291,5 @@ _OPERATIONS: Final[Mapping[str, Callable[..., Tensor]]] = {
     "eq": torch.eq,
     "ne": torch.ne,
     "not": torch.logical_not,
+    **{name: _beyond(limit) for name, limit in ROUNDINGS.items()},
 }

@@ -161,11 +161,16 @@ FUNCTIONS: Final[Mapping[str, int]] = {
     "rsqrt": 1,
     "sigmoid": 1,
     "float": 1,
+    "bf16": 1,
+    "f16": 1,
 }
 OPS: Final = (*(op for op, _ in _INFIX.values()), "not", "neg", *FUNCTIONS)
 COMPARISONS: Final = ("le", "lt", "ge", "gt", "eq", "ne")
 BOOLEANS: Final = (*COMPARISONS, "and", "or", "not")
-_ALWAYS_FLOAT: Final = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float")
+ROUNDINGS: Final[Mapping[str, float]] = {"bf16": 2.0**128 - 2.0**119, "f16": 2.0**16 - 2.0**4}
+"""Rounding to a narrower type, which is an error of the computation but for what it makes of numbers beyond the type's range:
+from these magnitudes on, infinities. That alone is what these functions compute; their derivative is 1."""
+ALWAYS_FLOAT: Final = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float", *ROUNDINGS)
 
 _TOKEN: Final = re.compile(
     r"\s*(?:(?P<fill>-inf\b|\+min\b|=min\b|0row\b)|(?P<float>(?:\d+\.\d*|\.\d+|\d+(?=[eE]))(?:[eE][+-]?\d+)?)|(?P<int>\d+)"
@@ -422,7 +427,7 @@ def is_float(expr: Expr) -> bool:
         return expr == S
     if expr.op in ("add", "sub", "mul", "neg", "abs", "min", "max", "where"):
         return any(map(is_float, expr.args[1:] if expr.op == "where" else expr.args))
-    return expr.op in _ALWAYS_FLOAT
+    return expr.op in ALWAYS_FLOAT
 
 
 def is_bool(expr: Expr) -> bool:
@@ -899,4 +904,5 @@ _CHAIN: Final[Mapping[str, Callable[[Call, Expr], Expr]]] = {
         "where", call("gt", a, Const(0.0)), _ONE, call("where", call("lt", a, Const(0.0)), Const(-1.0), Const(0.0))
     ),
     "float": lambda f, a: _ONE,
+    **dict.fromkeys(ROUNDINGS, lambda f, a: _ONE),
 }

@@ -16,6 +16,7 @@ from functools import lru_cache
 from typing import Final, NamedTuple
 
 from attnfuse.score import (
+    ALWAYS_FLOAT,
     BOOLEANS,
     Call,
     Const,
@@ -175,7 +176,7 @@ class AttentionSpec:
             return "bool"
         if expr.op in ("floordiv", "mod") and "float" in types:
             raise ValueError(f"{expr}: {expr.op} takes integers, found float")
-        if expr.op in ("div", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float", "pow"):
+        if expr.op in ALWAYS_FLOAT:
             return "float"
         return "float" if "float" in types else types[0]
 

@@ -69,7 +69,7 @@ def _greatest(a: Scalar, b: Scalar) -> Scalar:
     return np.maximum(a, b) if isinstance(a, np.float64) else max(a, b)
 
 
-_IN_FLOAT = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float")
+_IN_FLOAT = ("div", "pow", "tanh", "exp", "log", "sqrt", "rsqrt", "sigmoid", "float", "bf16", "f16")
 _OPERATIONS: Mapping[str, Callable[..., Scalar]] = {
     "add": lambda a, b: a + b,
     "sub": lambda a, b: a - b,
@@ -89,6 +89,8 @@ _OPERATIONS: Mapping[str, Callable[..., Scalar]] = {
     "rsqrt": lambda a: 1 / np.sqrt(a),
     "sigmoid": lambda a: 1 / (1 + np.exp(-a)),
     "float": lambda a: a,
+    "bf16": lambda a: a if abs(a) < 2.0**128 - 2.0**119 or np.isnan(a) else a * np.inf,
+    "f16": lambda a: a if abs(a) < 65520 or np.isnan(a) else a * np.inf,
     "le": lambda a, b: a <= b,
     "lt": lambda a, b: a < b,
     "ge": lambda a, b: a >= b,

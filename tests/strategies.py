@@ -133,7 +133,7 @@ def float_expressions(depth: int = 2, *, load: bool = True, score: bool = True) 
     either = st.one_of(inner, inner, ints(depth - 1, load=load, small=True))
     mask = bools(depth - 1, load=load, small=True, floats=False)
     arithmetic = st.sampled_from(("add", "sub", "mul", "min", "max"))
-    functions = st.sampled_from(("tanh", "exp", "sigmoid", "neg", "abs", "float"))
+    functions = st.sampled_from(("tanh", "exp", "sigmoid", "neg", "abs", "float", "bf16", "f16"))
     return st.one_of(
         *atoms,
         st.builds(lambda op, a, b: Call(op, (a, b)), arithmetic, inner, either),

@@ -10,6 +10,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from attnfuse.backend import listening
+from attnfuse.passes.graph import SHORT_DTYPES
+from attnfuse.remark import Report
 from tests.harness import check, qkv
 
 pytestmark = pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
@@ -248,36 +251,53 @@ def test_slices_to_one_element(at: str) -> None:
     assert [r.kind for r in report.remarks] == ["fused"]
 
 
+def both(fn: Callable[..., Tensor], *given: Tensor) -> tuple[Report, Tensor, Tensor]:
+    """The report, and the outputs with and without the backend: float64 would not tell which of them are NaN."""
+    torch._dynamo.reset()
+    reports: list[Report] = []
+    with listening(reports.append):
+        actual = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager"})(*given)
+    return Report(()).merge(*reports), actual, fn(*given)
+
+
 def _rounded(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     """Scores in float32 that the softmax takes in the type of q."""
     return torch.softmax((q @ k.mT).float() * 0.5 + mask, -1, dtype=q.dtype) @ v
 
 
-@pytest.mark.parametrize(("least", "fused"), [(torch.bfloat16, True), (torch.float32, False)])
-def test_scores_rounded_to_bfloat16_before_the_softmax(least: torch.dtype, fused: bool) -> None:
-    """The least float32 becomes -inf, and a row of it NaN; the least bfloat16 stays, and its row is uniform."""
-    q, k, v = qkv(dtype=torch.bfloat16)
+@pytest.mark.parametrize(
+    ("dtype", "least"),
+    [(torch.bfloat16, torch.bfloat16), (torch.bfloat16, torch.float32), (torch.float16, torch.float16)],
+)
+def test_scores_rounded_before_the_softmax(dtype: torch.dtype, least: torch.dtype) -> None:
+    """The least float32 becomes -inf, and a row of it NaN; the least number of the type stays, and its row is uniform."""
+    q, k, v = qkv(dtype=dtype)
     least_number = torch.finfo(least).min
 
     def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         at = torch.arange(6)
         mask = torch.zeros(6, 6).masked_fill(at >= at[:, None], least_number)
-        # float64 would not tell of an empty row whether it is NaN
-        return _rounded(q, k, v, mask)[:, :, 0 if fused else 1 :]
+        return _rounded(q, k, v, mask)
 
-    (remark,) = check(masked, q, k, v, gradients=False).remarks
-    assert (remark.kind == "fused") is fused
-    assert fused or remark.code == "AF024"
+    report, actual, expected = both(masked, q, k, v)
+    assert [r.kind for r in report.remarks] == ["fused"]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected[:, :, 0].isnan().all() == (least != dtype)
+    check(lambda q, k, v: masked(q, k, v)[:, :, 1:], q, k, v, gradients=False)
 
 
-def test_a_float32_mask_on_scores_that_are_rounded_to_bfloat16() -> None:
-    """It may hold what becomes -inf."""
-    q, k, v = qkv(dtype=torch.bfloat16)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_a_float32_mask_on_scores_that_are_rounded(dtype: torch.dtype) -> None:
+    """It may hold what becomes -inf: rows of it are NaN, as the model's are, and other keys have no weight."""
+    q, k, v = qkv(dtype=dtype)
     dense = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), MIN)
-    report = check(_rounded, q, k, v, dense, gradients=False)
-    assert [r.code for r in report.remarks] == ["AF024"]
-    (remark,) = check(_rounded, q, k, v, dense.clamp_min(-1e4).bfloat16(), gradients=False).remarks
-    assert remark.kind == "fused"
+    (remark,) = check(_rounded, q, k, v, dense, gradients=False).remarks
+    assert remark.score == f"{SHORT_DTYPES[dtype]}(s*0.5 + bias[m, n])"
+    dense[2] = MIN
+    dense[3] = -MIN
+    _, actual, expected = both(_rounded, q, k, v, dense)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected.isnan().any(-1)[0, 0].tolist() == [False, False, True, True, False, False]
 
 
 @pytest.mark.parametrize("masked", [False, True])
@@ -297,30 +317,38 @@ def test_bfloat16_scores_that_were_float32_before_the_softmax(masked: bool) -> N
 
 
 _LEAST = torch.finfo(torch.bfloat16).min
-ROUNDED: dict[str, tuple[torch.dtype, Callable[..., Tensor]]] = {
-    "made larger by a factor": (torch.bfloat16, lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) * 1.5),
-    "made larger by a divisor": (torch.bfloat16, lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) / 0.5),
-    "two that add up": (torch.bfloat16, lambda s, a, b: s + a.float() + b.float()),
-    "a constant beside": (
-        torch.bfloat16,
-        lambda s, a, b: s + a.float() + torch.where(torch.arange(6) > 2, -(2.0**110), 0.0),
-    ),
-    "a negative of the greatest": (torch.bfloat16, lambda s, a, b: s - torch.where(a > 0, -_LEAST, 0.0) * 2),
-    "an integer times the least": (
-        torch.bfloat16,
-        lambda s, a, b: s + torch.where(a > 0, _LEAST, 0.0) + (a > 1).int() * -(2.0**120),
-    ),
-    "products in float32": (torch.float32, lambda s, a, b: s + a.float()),
+OUT_OF_RANGE: dict[str, Callable[..., Tensor]] = {
+    "made larger by a factor": lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) * 1.5,
+    "made larger by a divisor": lambda s, a, b: (s + torch.where(a > 0, _LEAST, 0.0).float()) / 0.5,
+    "two that add up": lambda s, a, b: s + a.float() + b.float(),
+    "a constant beside": lambda s, a, b: s + a.float() + torch.where(torch.arange(6) > 2, -(2.0**110), 0.0),
+    "a negative of the greatest": lambda s, a, b: s - torch.where(a > 0, -_LEAST, 0.0) * 2,
+    "an integer times the least": lambda s, a, b: s + torch.where(a > 0, _LEAST, 0.0) + (a > 1).int() * -(2.0**120),
+    "cast before the softmax": lambda s, a, b: (s + (a > 0).float() * MIN + a.float()).bfloat16(),
 }
 
 
-@pytest.mark.parametrize(("dtype", "of"), ROUNDED.values(), ids=ROUNDED.keys())
-def test_scores_that_may_be_rounded_to_minus_infinity(dtype: torch.dtype, of: Callable[..., Tensor]) -> None:
-    """Near misses of what is fused above: somewhere more than the least bfloat16 may arise, or the products are not rounded."""
+@pytest.mark.parametrize("of", OUT_OF_RANGE.values(), ids=OUT_OF_RANGE.keys())
+def test_scores_that_rounding_may_make_infinite(of: Callable[..., Tensor]) -> None:
+    """More than the least bfloat16 may arise somewhere, so that the program says where there are infinities."""
 
     def masked(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
-        return torch.softmax(of((q @ k.mT).float(), a, b), -1, dtype=torch.bfloat16).to(q.dtype) @ v
+        return torch.softmax(of((q @ k.mT).float(), a, b), -1, dtype=q.dtype) @ v
 
-    leaves = (torch.linspace(start, -start, 36).view(6, 6).bfloat16() for start in (-2, 1))
-    report = check(masked, *qkv(dtype=dtype), *leaves, gradients=False)
+    given = (*qkv(dtype=torch.bfloat16), *(torch.linspace(x, -x, 36).view(6, 6).bfloat16() for x in (-2, 1)))
+    report, actual, expected = both(masked, *given)
+    assert [r.kind for r in report.remarks] == ["fused"]
+    assert "bf16(" in report.fused[0].score
+    assert torch.equal(actual.isnan(), expected.isnan())
+    finite = expected.isfinite().all(-1).all(0).all(0)
+    check(lambda *given: masked(*given)[:, :, finite], *given, gradients=False)
+
+
+def test_a_softmax_that_is_narrower_than_all_around_it() -> None:
+    """There the model means the rounding: nothing else in it has so few digits."""
+
+    def rounded(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return torch.softmax(q @ k.mT, -1, dtype=torch.bfloat16).to(q.dtype) @ v
+
+    report = check(rounded, *qkv(), gradients=False)
     assert [r.code for r in report.remarks] == ["AF024"]

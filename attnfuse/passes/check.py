@@ -2,22 +2,19 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Callable
 from typing import Final
 
 import torch
-from torch import fx
 
-from attnfuse.passes.graph import between, fake, packet, shape
+from attnfuse.passes.graph import between, fake
 from attnfuse.passes.index import same
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import Miss
 from attnfuse.passes.site import Site
-from attnfuse.passes.views import cuts_gradient, through_view
-from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, S, added_loads, loads, substitute, walk
+from attnfuse.passes.views import cuts_gradient
+from attnfuse.score import loads
 
-__all__ = ["check", "check_rounding"]
+__all__ = ["check"]
 
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
 _MODE_SWITCHES: Final = (
@@ -104,89 +101,3 @@ def _position_within(inner: Scope, outer: Scope) -> int:
     while inner.outer is not None and inner.outer is not outer:
         inner = inner.outer
     return max(outer.storage.position[call] for call in inner.calls)
-
-
-# Magnitudes below are lost beside the least number, in every type of its range.
-_ORDINARY: Final = 2.0**100
-_INTEGERS: Final = 2.0**63
-# The part of the scores that is computed in bfloat16: any number of it.
-_NARROW: Final = Load("narrow", ())
-
-
-def check_rounding(
-    scope: Scope, softmax: fx.Node, source: fx.Node, product: fx.Node, expr: Expr, lift: Callable[[fx.Node], Expr]
-) -> None:
-    """Raises Miss AF024 where the softmax runs in a type in which scores are rounded, or become infinite.
-
-    Allowed are scores of bfloat16 operands that were float32 in between, where none can be rounded to -inf: bfloat16 has float32's
-    range but for its greatest values, so that a fill of finfo(bfloat16).min stays what it is, if nothing makes it larger.
-
-    Args:
-        expr: what `source`, the input of the softmax, is.
-        lift: what a node of the layout of `source` is.
-    """
-    dtype, before = fake(softmax).dtype, fake(source).dtype
-    if torch.finfo(dtype).max >= torch.finfo(before).max:
-        return
-    low = (before, dtype, fake(product).dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
-    if low and (widened := _widened(product, source)) is not None:
-        before_cast = lift(widened)
-        expr = substitute(expr, {before_cast: _NARROW}) if loads(before_cast) else expr
-
-    def type_of(load: Load) -> torch.dtype:
-        return torch.bfloat16 if load == _NARROW else fake(scope.table.leaves[load.leaf].node).dtype
-
-    added = [found for load in added_loads(expr) if (found := type_of(load)).is_floating_point]
-    narrow = len(added) < 2 and all(x.itemsize < 4 for x in added)
-    if not (low and narrow and all(_is_no_larger(part, type_of) for part in walk(expr))):
-        raise Miss("AF024", softmax, f"the scores are rounded from {before} to {dtype}")
-
-
-def _widened(product: fx.Node, source: fx.Node) -> fx.Node | None:
-    """The scores as they were before their cast to float32, if what follows leaves each element in its place."""
-    chain = between(product, source)
-    casts = [
-        x for x in chain if packet(x) in ("to", "_to_copy") and fake(x.all_input_nodes[0]).dtype == fake(product).dtype
-    ]
-    if len(casts) != 1:
-        return None
-    (cast,) = casts
-    after = (cast, *between(cast, source))
-    in_place = all(len(shape(x)) == len(shape(source)) and all(map(same, shape(x), shape(source))) for x in after)
-    return (
-        cast.all_input_nodes[0]
-        if in_place and all(through_view(x, (), no_grad=False) is None for x in after[1:])
-        else None
-    )
-
-
-def _is_no_larger(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> bool:
-    """Whether a step makes nothing of finfo(bfloat16).min that is larger still."""
-    if isinstance(expr, Const):
-        return abs(expr.value) <= _ORDINARY or expr.value in (torch.finfo(torch.bfloat16).min, -math.inf)
-    if not isinstance(expr, Call) or _most(expr, type_of) <= _ORDINARY:
-        return True
-    if expr.op in ("mul", "div"):
-        factor = next((float(x.value) for x in expr.args[::-1] if isinstance(x, Const)), 0.0)
-        return 0 < factor <= 1 if expr.op == "mul" else factor >= 1
-    if expr.op == "sub":
-        return _most(expr.args[1], type_of) <= _ORDINARY
-    return expr.op in ("add", "where", *BOOLEANS)
-
-
-def _most(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> float:
-    """A bound of the magnitude; products of q and k are taken for ordinary."""
-    if isinstance(expr, Const):
-        return abs(expr.value)
-    if isinstance(expr, Load):
-        return math.inf if type_of(expr).is_floating_point else _INTEGERS
-    if not isinstance(expr, Call):
-        return 0.0 if expr == S else _INTEGERS
-    if expr.op in BOOLEANS:
-        return 1.0
-    parts = [_most(x, type_of) for x in (expr.args[1:] if expr.op == "where" else expr.args)]
-    if expr.op in ("add", "sub"):
-        return sum(parts)
-    if expr.op == "mul":
-        return 0.0 if 0.0 in parts else math.prod(parts)
-    return max(parts) if expr.op in ("where", "neg", "abs", "min", "max", "float") or max(parts) > _ORDINARY else 0.0

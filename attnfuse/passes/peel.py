@@ -103,10 +103,15 @@ def program_of(expr: Expr, dtype: torch.dtype) -> Program:
     body, tiers = _peeled(expr, dtype)
     if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, dtype):
         body, tiers = expr, []
+    return Program(only_finite(body), tuple(tiers))
+
+
+def only_finite(body: Expr) -> Expr:
+    """The body; raises Miss AF024 if an infinity or NaN is written into it."""
     for e in walk(body):
         if isinstance(e, Const) and type(e.value) is float and not math.isfinite(e.value):
             raise Miss("AF024", None, f"a fill of {e.value} goes into further arithmetic")
-    return Program(body, tuple(tiers))
+    return body
 
 
 def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 
-from attnfuse.passes.check import check, check_rounding
+from attnfuse.passes.check import check
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import between, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, product, same
@@ -33,6 +33,7 @@ from attnfuse.passes.peel import (
     valued,
 )
 from attnfuse.passes.respell import CAUTION
+from attnfuse.passes.rounding import rounded_by
 from attnfuse.passes.rules import as_float
 from attnfuse.passes.site import Operand, Site, Sizes, shallowest
 from attnfuse.passes.views import broadcast, cuts_gradient
@@ -253,9 +254,7 @@ def _with_queries(
     if claim.found is None:
         return None
     program = program_of(expr, fake(source).dtype)
-    check_rounding(
-        scope, softmax, source, claim.found.node, expr, lambda node: scope.lifter.lift(node, axes.index, claim)
-    )
+    program = rounded_by(softmax, source, claim.found.node, expr, program, scope)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
     leaves = scope.table.leaves

@@ -15,7 +15,7 @@ import torch
 from torch import fx
 
 from attnfuse import score
-from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
+from attnfuse.passes.graph import SHORT_DTYPES, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
 from attnfuse.passes.views import VIEWS, through
 from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, added_loads, call, free_vars, loads, walk
@@ -440,10 +440,11 @@ def _cast(at: At) -> Expr:
                 raise Unliftable(f"a value rounded to {at.dtype}")
             check_type(expr, at.dtype, at.lifter.computed_in)
         greatest = torch.finfo(at.dtype).max if at.dtype in _LOW_PRECISION else math.inf
-        if any(isinstance(e, Const) and type(e.value) is float and abs(e.value) > greatest for e in walk(expr)):
-            raise Unliftable(f"a fill beyond the range of {at.dtype}")
-        if greatest < math.inf and any(at.lifter.greatest(load) > greatest for load in added_loads(expr)):
-            raise Unliftable(f"a tensor whose values may be beyond the range of {at.dtype}")
+        fills = [abs(e.value) for e in walk(expr) if isinstance(e, Const) and math.isfinite(e.value)]
+        if max((*fills, *map(at.lifter.greatest, added_loads(expr))), default=0.0) > greatest:
+            if "s" not in free_vars(expr):
+                raise Unliftable(f"a value that may be beyond the range of {at.dtype}")
+            expr = call(SHORT_DTYPES[at.dtype], expr)
     return at.lifter.collapsed(at.node, at.index, rounded(expr, at.dtype))
 
 

@@ -18,7 +18,7 @@ from typing import Final
 import torch
 from torch import Tensor
 
-from attnfuse.score import BOOLEANS, Call, Const, Expr, Load, Var, free_vars
+from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Var, free_vars
 from attnfuse.spec import AttentionSpec
 
 Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
@@ -269,6 +269,10 @@ def _extremum(op: str, floating: bool) -> Callable[..., Value]:
     return run
 
 
+def _beyond(limit: float) -> Callable[[Tensor], Tensor]:
+    return lambda x: x.masked_fill(x >= limit, torch.inf).masked_fill(x <= -limit, -torch.inf)
+
+
 _UNARY: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "tanh": torch.tanh,
     "exp": torch.exp,
@@ -276,6 +280,7 @@ _UNARY: Final[Mapping[str, Callable[[Tensor], Tensor]]] = {
     "sqrt": torch.sqrt,
     "rsqrt": torch.rsqrt,
     "sigmoid": torch.sigmoid,
+    **{name: _beyond(limit) for name, limit in ROUNDINGS.items()},
 }
 _LOGIC: Final[Mapping[str, Callable[..., Value]]] = {
     "and": lambda block, a, b: a & b,

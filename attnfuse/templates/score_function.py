@@ -19,7 +19,21 @@ from dataclasses import dataclass
 from functools import lru_cache
 from typing import Any, Final, NamedTuple
 
-from attnfuse.score import BOOLEANS, SIZES, Call, Const, Expr, Load, S, Var, call, derivative, free_vars, loads
+from attnfuse.score import (
+    BOOLEANS,
+    ROUNDINGS,
+    SIZES,
+    Call,
+    Const,
+    Expr,
+    Load,
+    S,
+    Var,
+    call,
+    derivative,
+    free_vars,
+    loads,
+)
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
 from attnfuse.templates.cover import named_sizes
@@ -305,12 +319,15 @@ class _Body:
         if op == "pow":
             return self._power(expr)
         args = [self.floating(a) for a in expr.args]
-        if op in _FUNCTIONS or op == "float" or all(map(self.is_literal, args)):
+        if op in _FUNCTIONS or op in ("float", *ROUNDINGS) or all(map(self.is_literal, args)):
             args[0] = self.tensor(expr.args[0])
         if op == "float":
             return args[0]
         if op in _FUNCTIONS:
             return f"{_FUNCTIONS[op]}({args[0]})"
+        if op in ROUNDINGS:
+            x = args[0]
+            return f"tl.where(tl.abs({x}) >= {_literal(ROUNDINGS[op])}, {x} * float('inf'), {x})"
         if op in ("min", "max"):
             return f"tl.{op}imum({args[0]}, {args[1]}, propagate_nan=tl.PropagateNan.ALL)"
         if op == "neg":
