@@ -629,6 +629,9 @@ def _where(c: Expr, a: Expr, b: Expr) -> Expr:
             return chosen
     if isinstance(a, Const) and isinstance(b, Const) and type(a.value) is bool and type(b.value) is bool:
         return c if a.value else _not(c)
+    if TRUE in (a, b) or FALSE in (a, b):
+        inside, other = (c, b) if a in (TRUE, FALSE) else (_not(c), a)
+        return _or(inside, other) if TRUE in (a, b) else _and(_not(inside), other)
     pinned = _pinned(c)
     if pinned is not None:
         a = substitute(a, pinned)

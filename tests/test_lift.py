@@ -393,6 +393,28 @@ def chain_of_functions(x: Tensor) -> Tensor:
     return torch.arange(5).sub(torch.arange(3)[:, None]).add(3).sqrt().log().sigmoid()
 
 
+@lifted("n < 2 | n <= m + 2")
+def joined_truth_values(x: Tensor) -> Tensor:
+    return torch.cat([torch.ones(3, 2).bool(), torch.ones(3, 3).tril().bool()], -1)
+
+
+@lifted("where(m < 1, n, where(m < 2, 7, n + 5))")
+def joined_rows_of_integers(x: Tensor) -> Tensor:
+    first = torch.arange(5)[None]
+    return torch.cat([first, torch.zeros(0, 5).long(), torch.full((1, 5), 7), first + 5])
+
+
+@lifted("where(n < 2, x[n], float(n - 1))", randn(2))
+def joined_data_and_numbers_of_another_type(x: Tensor) -> Tensor:
+    return torch.cat([x, torch.arange(1, 4)])
+
+
+@lifted("cat[m, n]", randn(3, 2), randn(3, 3))
+def joined_data(x: Tensor, y: Tensor) -> Tensor:
+    """One load of what the graph joins rather than a choice of two."""
+    return torch.cat([x, y], 1)
+
+
 @lifted("rsqrt(float(n + m + 1))")
 def reciprocal_root(x: Tensor) -> Tensor:
     return torch.rsqrt(torch.arange(5) + torch.arange(3)[:, None] + 1)

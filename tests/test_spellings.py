@@ -956,6 +956,12 @@ def weights_set_to_zero_nowhere(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return scores.softmax(-1).masked_fill(masked, 0.0) @ v
 
 
+@spelling("pad: bool[:, :]; s where (n < 2 | n <= m + 2) & pad[b, n] else -inf", given(padding().bool()))
+def prefix_joined_to_a_triangle(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    allowed = torch.cat([torch.ones(6, 2).bool(), torch.ones(6, 4).tril().bool()], -1)
+    return (q @ k.mT).masked_fill(~(allowed & pad[:, None, None]), -torch.inf).softmax(-1) @ v
+
+
 # In place
 
 

@@ -513,6 +513,30 @@ def _diagonal(at: At) -> Expr:
     return converted(call("eq", column, row), "bool", at.kind)
 
 
+@_rule("cat")
+def _joined(at: At) -> Expr:
+    """A choice by the position along the dimension; of data alone the tensor is as good."""
+    dim = at.args["dim"] % len(at.index)
+    parts = [x for x in at.args["tensors"] if len(shape(x)) == len(at.index) and not same(shape(x)[dim], 0)]
+    here = value(at.index[dim])
+    start = 0
+    found: list[tuple[Expr, int]] = []
+    for part in parts:
+        size = shape(part)[dim]
+        if not isinstance(size, int) and part is not parts[-1]:
+            raise Unliftable("joined at a size that is not known")
+        digit: Index = () if same(size, 1) else (Digit(call("sub", here, Const(start)), size),)
+        element = at.lift(part, (*at.index[:dim], digit, *at.index[dim + 1 :]))
+        start += size if isinstance(size, int) else 0
+        found.append((converted(element, kind(part), at.kind), start))
+    expr, _ = found.pop()
+    for element, end in reversed(found):
+        expr = call("where", call("lt", here, Const(end)), element, expr)
+    if "s" not in free_vars(expr) and any({"m", "n"} <= free_vars(x) for x in loads(expr)):
+        raise Unliftable("joined data")
+    return expr
+
+
 @_rule("diff")
 def _diff(at: At) -> Expr:
     args = at.args
