@@ -170,6 +170,13 @@ CODES: Final[dict[str, Code]] = {
         "Move the attention out of that body; those of torch.utils.checkpoint and nested_compile_region are looked into where all"
         " calls of one body agree.",
     ),
+    "AF037": Code(
+        "declined",
+        "the attention weights are used elsewhere too",
+        "They have to exist in memory all the same, and a kernel beside them was measured to be slower than the operations as they"
+        " stand, in bfloat16 and in training.",
+        "Do not return or keep the weights: set output_attentions=False, remove hooks and probes that read them.",
+    ),
     "AF040": Code(
         "failed",
         "a pass raised an exception at this attention",

@@ -50,13 +50,13 @@ def causal() -> Tensor:
 # Weights and scores that are seen by others
 
 
-@near_miss("AF021")
+@near_miss("AF037")
 def weights_returned(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = (q @ k.mT).softmax(-1)
     return weights @ v, weights
 
 
-@near_miss("AF021")
+@near_miss("AF037")
 def weights_returned_after_dropout_of_nothing(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = F.dropout((q @ k.mT).softmax(-1), 0.0)
     return weights @ v, weights
@@ -68,7 +68,7 @@ def weights_multiplied_with_two_values(q: Tensor, k: Tensor, v: Tensor) -> tuple
     return weights @ v, weights @ (v * 2)
 
 
-@near_miss("AF021")
+@near_miss("AF037")
 def weights_summed_up_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
     weights = (q @ k.mT).softmax(-1)
     return weights @ v, (weights * weights.log()).sum(-1)
@@ -664,7 +664,7 @@ def softmax_written_out(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (weights / weights.sum(-1, keepdim=True)) @ v
 
 
-@near_miss("AF021", inputs=lambda: tuple(randn(6, 2, 4, seed=i) for i in range(3)))
+@near_miss("AF037", inputs=lambda: tuple(randn(6, 2, 4, seed=i) for i in range(3)))
 def averaged_weights_of_multi_head_attention(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor | None]:
     eye = torch.eye(4, dtype=q.dtype)
     return F.multi_head_attention_forward(

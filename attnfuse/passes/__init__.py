@@ -21,6 +21,7 @@ from attnfuse.options import Options
 from attnfuse.passes.decide import decide
 from attnfuse.passes.dump import dump
 from attnfuse.passes.graph import module_path, packet, source_line
+from attnfuse.passes.join import JOINED, join
 from attnfuse.passes.kept import kept
 from attnfuse.passes.lift import Scope, graphs, scopes
 from attnfuse.passes.normalise import NormaliseError, normalise
@@ -86,6 +87,9 @@ def _remarks(first: Work, last: Work) -> Iterator[Remark]:
     for (scope, anchor, _), remark in zip(first.found, first.remarks, strict=False):
         key = scope, anchor.meta.get(RESPELLED, anchor.name)
         seen = found.pop(key, None) or found.pop((scope, anchor.name), None)
+        if JOINED in anchor.meta and key in last.leave:
+            # it says more than what stopped the parts by themselves
+            seen = remark
         if seen is None and key in last.leave:
             # what was respelled may itself be a softmax, normalised once more
             seen = found.pop((scope, _softmax_above(last.scopes[scope], key[1], found, scope)), None)
@@ -121,12 +125,13 @@ def _through(work: Work) -> Work:
 
 
 def _left_respelled(work: Work) -> frozenset[tuple[int, str]]:
-    """What was respelled and has not been fused."""
+    """What was respelled, or joined, and has not been fused."""
     return frozenset(
-        (number, node.meta[RESPELLED])
+        (number, node.meta[key])
         for number, scope in enumerate(work.scopes)
         for node in scope.module.graph.nodes
-        if RESPELLED in node.meta and packet(node) in ("softmax", "_softmax")
+        for key in (RESPELLED, JOINED)
+        if key in node.meta and packet(node) in ("softmax", "_softmax")
     )
 
 
@@ -135,7 +140,9 @@ def normalised(work: Work) -> None:
     work.graph = normalise(work.original)
     for number, module in enumerate(graphs(work.graph)):
         settle(module.graph)
-        respell(module.graph, {name for at, name in work.leave if at == number})
+        left = {name for at, name in work.leave if at == number}
+        respell(module.graph, left)
+        join(module.graph, left)
 
 
 def recognised(work: Work) -> None:

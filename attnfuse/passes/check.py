@@ -6,7 +6,7 @@ from typing import Final
 
 import torch
 
-from attnfuse.passes.graph import between, fake
+from attnfuse.passes.graph import MODE_SWITCHES, between, fake
 from attnfuse.passes.index import same
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import Miss
@@ -17,13 +17,6 @@ from attnfuse.score import loads
 __all__ = ["check"]
 
 _FLOATS: Final = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
-_MODE_SWITCHES: Final = (
-    "_set_grad_enabled",
-    "_enter_autocast",
-    "_exit_autocast",
-    "_enter_inference_mode",
-    "_exit_inference_mode",
-)
 
 
 def check(site: Site) -> None:
@@ -40,7 +33,7 @@ def check(site: Site) -> None:
     first = min(position[x] for x in site.nodes)
     last = position[site.out]
     for node, at in position.items():
-        if first < at < last and getattr(node.target, "__name__", "") in _MODE_SWITCHES:
+        if first < at < last and getattr(node.target, "__name__", "") in MODE_SWITCHES:
             raise Miss("AF034", node, str(getattr(node.target, "__name__", "")))
     _check_writes(site, last)
     _check_returned(site)

@@ -55,6 +55,8 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     notes = _notes(site, what)
     if notes:
         facts["notes"] = notes
+    if site.elsewhere is not None:
+        return Remark.of("AF037", **where, why=site.elsewhere.facts["why"], **facts)  # type: ignore[arg-type]
     if isinstance(choice, Refusal):
         return Remark.of("AF030", **where, reasons=dict(choice.reasons), **facts)  # type: ignore[arg-type]
     template = choice.template

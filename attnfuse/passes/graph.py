@@ -29,6 +29,14 @@ SHORT_DTYPES: Final[Mapping[torch.dtype, str]] = {
     torch.float64: "f64",
 }
 
+MODE_SWITCHES: Final = (
+    "_set_grad_enabled",
+    "_enter_autocast",
+    "_exit_autocast",
+    "_enter_inference_mode",
+    "_exit_inference_mode",
+)
+
 
 def fake(node: fx.Node) -> torch.Tensor:
     """The fake tensor that stands for the node's value."""

@@ -135,6 +135,12 @@ def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
             if fill and "s" in free_vars(kept):
                 body, tiers = _peeled(kept, dtype)
                 return body, [*tiers, Tier(allowed, "-inf" if fill == "-inf" else "=min")]
+        if "s" in free_vars(a) and "s" in free_vars(b):
+            # scores that are joined, each part under masks of its own
+            (first, some), (second, more) = _peeled(a, dtype), _peeled(b, dtype)
+            tiers = [Tier(call("or", call("not", condition), tier.allowed), tier.fill) for tier in some]
+            tiers += [Tier(call("or", condition, tier.allowed), tier.fill) for tier in more]
+            return call("where", condition, first, second), tiers
     for kept, other in _operands(expr):
         found = _combined(expr.op, kept, other, dtype)
         if found is not None:
@@ -201,6 +207,7 @@ class Descent:
         lift: the element of a tensor of the graph that is not written to, at an index.
         written: whether something writes to a tensor.
         kept: where weights were not set to zero, and whether that made zeros of NaN too.
+        elsewhere: what reads the weights too, at any step.
     """
 
     node: fx.Node
@@ -213,6 +220,7 @@ class Descent:
     kept: list[tuple[Expr, bool]] = field(default_factory=list)
     nodes: list[fx.Node] = field(default_factory=list)
     seen: list[str] = field(default_factory=list)
+    elsewhere: Miss | None = None
 
 
 @dataclass(frozen=True)
@@ -226,16 +234,23 @@ class Valued:
     summed: Index
 
 
-def only_user(node: fx.Node) -> fx.Node:
-    """The one live user of a node on the way down; raises Miss AF021 naming the second one."""
+def _next_user(at: Descent) -> fx.Node:
+    """The live user of the node on the way down; another one is noted, or Miss AF021 names it where both might be the way."""
+    node = at.node
     users = [u for u in node.users if u.op == "output" or u.users or _has_effect(u)]
     if not users:
         raise Miss("AF028", node, "the weights are not used")
     if len(users) > 1:
-        wanted = next((u for u in users if contraction(u) is not None), users[0])
+        products = [u for u in users if contraction(u) is not None]
+        ways = products or [u for u in users if packet(u) in _BELOW]
+        wanted = (ways or users)[0]
         other = next(u for u in users if u is not wanted)
         named = "the graph's output" if other.op == "output" else f"`{other.name}`"
-        raise Miss("AF021", other, f"by `{wanted.name}` and by {named}")
+        seen = Miss("AF021", other, f"by `{wanted.name}` and by {named}")
+        if len(ways) != 1:
+            raise at.elsewhere or seen
+        at.elsewhere = at.elsewhere or seen
+        return wanted
     if users[0].op == "output":
         raise Miss("AF021", users[0], "by the graph's output")
     return users[0]
@@ -263,12 +278,20 @@ def descend(
     at = Descent(weights, index, lift=lift, written=written, nodes=[weights])
     if beside is not None:
         at.sink_at, at.keys = beside.at, beside.dim
+    try:
+        return at, _down(at)
+    except Miss as miss:
+        raise at.elsewhere or miss from None
+
+
+def _down(at: Descent) -> fx.Node:
+    """Goes down to the value matmul."""
     while True:
-        user = only_user(at.node)
+        user = _next_user(at)
         if contraction(user) is not None:
             if at.sink_at is not None:
                 raise Miss("AF023", user, "the column beside the keys has a value")
-            return at, user
+            return user
         layer = _BELOW.get(packet(user))
         if layer is None:
             raise Miss("AF023", user, packet(user) or str(user.target))

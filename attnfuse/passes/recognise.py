@@ -191,6 +191,9 @@ def _no_score(scope: Scope, softmax: fx.Node, source: fx.Node) -> Miss:
         node, why = scope.lifter.stopped
         return Miss("AF024", node, why)
     if scope.lifter.refused is not None:
+        joined = [x for x in between(scope.lifter.refused, source) if packet(x) == "cat"]
+        if joined:
+            return Miss("AF024", joined[0], "scores joined to other ones")
         return Miss(
             "AF022",
             softmax,
@@ -373,6 +376,7 @@ def _assembled(
         rounded=found.alpha == 1 and (found.added is None or found.beta == 0),
         lse=lse,
         lse_index=lse_index,
+        elsewhere=down.elsewhere,
     )
 
 

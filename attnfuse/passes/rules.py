@@ -529,6 +529,9 @@ def _joined(at: At) -> Expr:
         element = at.lift(part, (*at.index[:dim], digit, *at.index[dim + 1 :]))
         start += size if isinstance(size, int) else 0
         found.append((converted(element, kind(part), at.kind), start))
+    with_score = ["s" in free_vars(element) for element, _ in found]
+    if any(with_score) and not all(with_score):
+        raise Unliftable("scores joined to other ones")
     expr, _ = found.pop()
     for element, end in reversed(found):
         expr = call("where", call("lt", here, Const(end)), element, expr)

@@ -63,6 +63,8 @@ class Site:
     lse: fx.Node | None = None
     """The log-sum-exp of the scores, where the model computes one beside the softmax, at `lse_index`."""
     lse_index: tuple[Index, ...] = ()
+    elsewhere: Miss | None = None
+    """What reads the weights too."""
     overwritten: dict[LeafSource, fx.Node] = field(default_factory=dict)
     """Leaves that are written to before the replacement reads them, each with the first such write: a copy is read."""
 
