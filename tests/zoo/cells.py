@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -71,12 +71,14 @@ def outputs(model: nn.Module, given: Inputs) -> tuple[Tensor, ...]:
     return out if isinstance(out, tuple) else (out,)
 
 
-def results(model: nn.Module, given: Inputs, training: bool) -> dict[str, Tensor]:
-    """Outputs by name and, in training, the gradients of a weighted sum of them."""
+def results(
+    model: nn.Module, given: Inputs, training: bool, dynamo: Mapping[str, object] | None = None
+) -> dict[str, Tensor]:
+    """Outputs by name and, in training, the gradients of a weighted sum of them; `dynamo` is as in an entry."""
     model.zero_grad()
     # BigBird seeds numpy for its random blocks; by default Dynamo draws others
-    same_draws = torch._dynamo.config.patch(use_numpy_random_stream=True)
-    with torch.set_grad_enabled(training), same_draws:
+    settings = torch._dynamo.config.patch(use_numpy_random_stream=True, **(dynamo or {}))
+    with torch.set_grad_enabled(training), settings:
         outs = outputs(model, given)
         found = {f"output {at}": out.detach() for at, out in enumerate(outs)}
         if training:
@@ -109,7 +111,10 @@ def found_in(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
     reports: list[Report] = []
     with listening(reports.append):
         found = results(
-            compiled(build(cell, PROBABILITY), downstream), cell.entry.inputs(cell.masked), cell.mode != "inference"
+            compiled(build(cell, PROBABILITY), downstream),
+            cell.entry.inputs(cell.masked),
+            cell.mode != "inference",
+            cell.entry.dynamo,
         )
     for key, value in found.items():
         assert value.isfinite().all() or cell.mode != "dropout", f"{key} is not finite with dropout"
@@ -126,7 +131,7 @@ def compared(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
     model, given = build(cell, NEVER), cell.entry.inputs(cell.masked)
     reports: list[Report] = []
     with listening(reports.append):
-        actual = results(compiled(model, downstream), given, training)
+        actual = results(compiled(model, downstream), given, training, cell.entry.dynamo)
     original = results(model, given, training)
     if cell.entry.float64:
         exact, scales = models.exact(model, lambda double: _exactly(double, given, training))

@@ -142,7 +142,7 @@ def _stock(cell: Cell) -> Row:
     try:
         with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
             model = torch.compile(ways.build(cell, ways.PROBABILITY), backend=backend)
-            ways.results(model, cell.entry.inputs(cell.masked), training)
+            ways.results(model, cell.entry.inputs(cell.masked), training, cell.entry.dynamo)
     except Exception as error:
         return {"stock_error": _first_line(error)}
     matched = counters["inductor"]["fuse_attention"]

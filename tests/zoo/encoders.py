@@ -70,7 +70,15 @@ ENTRIES = [
     ),
     encoder("xlm", "XLMConfig", "XLMModel", sdpa=False),
     # scores with positions in them
-    encoder("deberta", "DebertaConfig", "DebertaModel", sdpa=False, **DISENTANGLED),
+    encoder(
+        "deberta",
+        "DebertaConfig",
+        "DebertaModel",
+        sdpa=False,
+        # its .item() breaks the graph between the scores and the softmax otherwise
+        dynamo={"capture_scalar_outputs": True},
+        **DISENTANGLED,
+    ),
     encoder(
         "deberta_v2",
         "DebertaV2Config",

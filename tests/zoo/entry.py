@@ -6,8 +6,8 @@ import dataclasses
 import functools
 import inspect
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -49,6 +49,8 @@ class Entry:
     takes_mask: bool = True
     float64: bool = True
     """Whether the model runs in float64; some insist on float32 by name."""
+    dynamo: Mapping[str, object] = field(default_factory=dict)
+    """Settings of torch._dynamo.config that the model is compiled under, with stock Inductor too."""
     needs: str = "transformers"
     note: str = ""
 
@@ -97,6 +99,7 @@ def entry(
     no_dropout: Sequence[str] = (),
     float64: bool = True,
     drawing: str = "",
+    dynamo: Mapping[str, object] | None = None,
     note: str = "",
     **differs: Any,
 ) -> Entry:
@@ -133,6 +136,7 @@ def entry(
         implementations=("eager", "sdpa") if sdpa else ("eager",),
         takes_mask=mask,
         float64=float64,
+        dynamo=dynamo or {},
         note=note,
     )
 
