@@ -962,6 +962,51 @@ def prefix_joined_to_a_triangle(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) ->
     return (q @ k.mT).masked_fill(~(allowed & pad[:, None, None]), -torch.inf).softmax(-1) @ v
 
 
+def relative(x: Tensor, table: Tensor) -> Tensor:
+    """A product with each distance between two tokens, at the distance of each query and key (DeBERTa)."""
+    distance = torch.arange(6)[:, None] - torch.arange(6) + 5
+    return (x @ table.mT / math.sqrt(8.0)).gather(-1, distance.expand(2, 4, 6, 6))
+
+
+TABLE = randn(2, 4, 11, 4, seed=21)
+
+
+@spelling(
+    "bias: f32[:, :, :, :]; bias2: f32[:, :, :, :]; pad: bool[:, :];"
+    " s + (bias[b, h, m, n] + bias2[b, h, n, m]) where pad[b, n] else =min",
+    given(TABLE, padding().bool()),
+)
+def padding_over_a_bias_made_of_q_and_k(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
+    """What is made of products with q and k is no mask itself, so that the padding is one."""
+    scores = q @ k.mT + (relative(q, table) + relative(k, table).mT)
+    return scores.masked_fill(~pad[:, None, None], torch.finfo(q.dtype).min).softmax(-1) @ v
+
+
+def other_biases() -> dict[str, Callable[..., Tensor]]:
+    least = torch.finfo(torch.float32).min
+    return {
+        "made of no q or k": lambda q, k, table: relative(table[:, :, :6] * 2, table),
+        "a table by itself": lambda q, k, table: table.sum(-1)[:, :, :6, None] * table.sum(-1)[:, :, None, :6],
+        "times a mask": lambda q, k, table: relative(q, table) * torch.where(table[:, :, :6, :1] > 2, least / 16, 0.0),
+        "times a large number": lambda q, k, table: relative(q, table) * 1e30,
+        "divided by a small number": lambda q, k, table: relative(q, table) / 1e-30,
+        "times an unknown number": lambda q, k, table: relative(q, table) * table.sum(),
+        "chosen": lambda q, k, table: torch.where(table[:, :, :6, :1].mT > 2, least, relative(q, table)),
+    }
+
+
+@pytest.mark.parametrize("bias", other_biases().values(), ids=other_biases().keys())
+def test_a_bias_that_may_be_a_mask(bias: Callable[..., Tensor]) -> None:
+    """Near misses of the bias above: the padding stays in the score's arithmetic, which is right whatever the bias holds."""
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
+        scores = q @ k.mT + bias(q, k, table)
+        return scores.masked_fill(~pad[:, None, None], torch.finfo(q.dtype).min).softmax(-1) @ v
+
+    (remark,) = check(padded, *qkv(), TABLE, padding().bool(), gradients=False).remarks
+    assert "where(" in remark.score
+
+
 # In place
 
 

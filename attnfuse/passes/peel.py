@@ -20,6 +20,7 @@ from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, re
 from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
 from attnfuse.score import (
+    BOOLEANS,
     TRUE,
     Call,
     Const,
@@ -34,6 +35,7 @@ from attnfuse.score import (
     loads,
     walk,
 )
+from attnfuse.templates.affine import constant
 
 
 class Miss(Exception):
@@ -90,18 +92,19 @@ def _added_mask(expr: Expr, dtype: torch.dtype) -> tuple[Expr, str] | None:
     return None
 
 
-def program_of(expr: Expr, dtype: torch.dtype) -> Program:
+def program_of(expr: Expr, dtype: torch.dtype, common: Callable[[Load], bool] = lambda load: False) -> Program:
     """The lifted input of the softmax as body and tiers.
 
     Args:
         expr: the score in `s`.
         dtype: the element type of the scores where masks are applied; finfo.min is a mask only for that type or a wider one.
+        common: whether the values of a leaf are of the scores' own magnitude.
 
     Raises:
         Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
     body, tiers = _peeled(expr, dtype)
-    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, dtype):
+    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, dtype, common):
         body, tiers = expr, []
     return Program(only_finite(body), tuple(tiers))
 
@@ -114,11 +117,30 @@ def only_finite(body: Expr) -> Expr:
     return body
 
 
-def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype) -> bool:
+def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype, common: Callable[[Load], bool]) -> bool:
     """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and no data added that may
     hold such values itself (a dense additive mask); data that is the same for all keys of a row masks none."""
     fills = {e.value for e in walk(expr) if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
-    return len(fills) == 1 and not any("n" in free_vars(load) for load in added_loads(body))
+    by_key = any("n" in free_vars(load) for load in added_loads(body))
+    return len(fills) == 1 and (not by_key or _stays_common(body, common))
+
+
+# Factors up to this make nothing of a score that finfo.min would be lost among.
+LARGE_FACTOR: Final = 2.0**20
+
+
+def _stays_common(expr: Expr, common: Callable[[Load], bool]) -> bool:
+    """Whether arithmetic on scores, on data like them and on data without keys gives nothing of another magnitude."""
+    if isinstance(expr, Load):
+        return common(expr)
+    if not isinstance(expr, Call) or expr.op in BOOLEANS:
+        return True
+    if expr.op in ("mul", "div"):
+        known = constant(expr.args[1])
+        factor = 0.0 if not known else abs(known) if expr.op == "mul" else 1 / abs(known)
+        return 0 < factor <= LARGE_FACTOR and _stays_common(expr.args[0], common)
+    parts = expr.args[1:] if expr.op == "where" else expr.args
+    return expr.op in ("add", "sub", "neg", "where", "float") and all(_stays_common(x, common) for x in parts)
 
 
 # Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.

@@ -16,6 +16,7 @@ from torch import fx
 
 from attnfuse.passes.check import check
 from attnfuse.passes.contraction import Contraction, contraction
+from attnfuse.passes.dependent import dependent
 from attnfuse.passes.graph import between, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, product, same
 from attnfuse.passes.lift import Scope
@@ -256,7 +257,7 @@ def _with_queries(
     expr = scope.lifter.lift(source, axes.index, claim)
     if claim.found is None:
         return None
-    program = program_of(expr, fake(source).dtype)
+    program = program_of(expr, fake(source).dtype, dependent(scope, claim.found))
     program = rounded_by(softmax, source, claim.found.node, expr, program, scope)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
