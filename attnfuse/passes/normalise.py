@@ -44,6 +44,7 @@ from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import bound_sympy
 
+from attnfuse.passes.custom import as_operators
 from attnfuse.passes.dynamo import VMAP_OUT, NormaliseError, batched, module_of, name_of, outdates, recorded, refuse
 
 __all__ = ["NormaliseError", "normalise"]
@@ -478,6 +479,11 @@ class _Replay(fx.Interpreter):
 
     def call_function(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if isinstance(target, HigherOrderOperator):
+            bodies = [x for x in args[:2] if isinstance(x, fx.GraphModule)]
+            if str(target) == "autograd_function_apply" and len(bodies) == 2:
+                graph = as_operators(self._node, *bodies)
+                if graph is not None:
+                    return self._inline(graph, args[2:])
             return self._keep(target, args, kwargs)
         if target is autocast_mode._enter_autocast:
             return self._enter_autocast(target, args)
@@ -492,6 +498,14 @@ class _Replay(fx.Interpreter):
             target(*args)
             return None
         return super().call_function(target, args, kwargs)
+
+    def _inline(self, graph: fx.Graph, args: Sequence[Any]) -> Any:
+        """Runs a body's nodes as if they stood here."""
+        self.env.update(zip(graph.find_nodes(op="placeholder"), args, strict=True))
+        for node in graph.nodes:
+            if node.op not in ("placeholder", "output"):
+                self.env[node] = self.run_node(node)
+        return fx.node.map_arg(graph.output_node().args[0], self.env.__getitem__)
 
     def call_method(self, target: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
         if target == "requires_grad_":
