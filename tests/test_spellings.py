@@ -990,6 +990,9 @@ def other_biases() -> dict[str, Callable[..., Tensor]]:
         "times a mask": lambda q, k, table: relative(q, table) * torch.where(table[:, :, :6, :1] > 2, least / 16, 0.0),
         "times a large number": lambda q, k, table: relative(q, table) * 1e30,
         "divided by a small number": lambda q, k, table: relative(q, table) / 1e-30,
+        "written to": lambda q, k, table: (
+            relative(q, table).add(0.0).view(8, 6, 6).clamp_(min=least / 16).view(2, 4, 6, 6)
+        ),
         "times an unknown number": lambda q, k, table: relative(q, table) * table.sum(),
         "chosen": lambda q, k, table: torch.where(table[:, :, :6, :1].mT > 2, least, relative(q, table)),
     }

@@ -1,18 +1,19 @@
-"""Custom autograd functions whose backward is the one that autograd would find: a softmax, under a mask or not.
+"""Custom autograd functions whose backward is the one that autograd would find: a softmax, under a mask or not, and dropout.
 
 `y = softmax(x.masked_fill(m, c)).masked_fill(m, 0)` with the gradient `y·(g - Σ y·g)`, which is that of these operators for any
-`c`: where m holds, autograd gives 0 and so does y; elsewhere both sums run over the same keys.
+`c`: where m holds, autograd gives 0 and so does y; elsewhere both sums run over the same keys. Dropout becomes the
+operator, which draws other numbers of the same distribution.
 """
 
 from __future__ import annotations
 
 import operator
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import fx
 
-from attnfuse.passes.dynamo import name_of, recorded
+from attnfuse.passes.dynamo import called, recorded
 
 __all__ = ["as_operators"]
 
@@ -26,28 +27,41 @@ def as_operators(call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModul
     """
     if call.kwargs.get("non_differentiable_idx") or any(not _is_first(user) for user in call.users):
         return None
+    found = _weights(forward, backward)
+    return _dropout(forward, backward) if found is None and _takes_weights(call) else found
+
+
+def _takes_weights(call: fx.Node) -> bool:
+    """Whether a function is called on a softmax: what else is dropped keeps its random numbers."""
+    node = call.args[2]
+    while isinstance(node, fx.Node) and (called(node) in ("to", "type_as", "float") or node.target is operator.getitem):
+        node = node.args[0]
+    return isinstance(node, fx.Node) and (called(node) == "softmax" or str(node.target) == "autograd_function_apply")
+
+
+def _weights(forward: fx.GraphModule, backward: fx.GraphModule) -> fx.Graph | None:
+    """A softmax."""
     graph = fx.Graph()
     copied: dict[fx.Node, fx.Node] = {}
     graph.graph_copy(forward.graph, copied)
-    given: Any = forward.graph.output_node().args[0]
-    outputs, saved = given
+    outputs, saved = _returned(forward)
     for node in list(graph.nodes):
-        if name_of(node) == _GRAD_SWITCH:
+        if called(node) == _GRAD_SWITCH:
             graph.erase_node(node)
-    softmaxes = [node for node in graph.nodes if name_of(node) == "softmax"]
+    softmaxes = [node for node in graph.nodes if called(node) == "softmax"]
     if graph.find_nodes(op="get_attr") or len(softmaxes) != 1 or not isinstance(outputs[0], fx.Node):
         return None
     scores, dim = _softmax(softmaxes[0])
     weights, mask = _zeroed(softmaxes[0])
     source = scores
-    if isinstance(scores, fx.Node) and name_of(scores) == "masked_fill" and scores.args[1] is mask:
+    if isinstance(scores, fx.Node) and called(scores) == "masked_fill" and scores.args[1:2] == (mask,):
         source = scores.args[0]
     if not isinstance(source, fx.Node) or source.op != "placeholder" or (mask is not None and source is scores):
         return None
     mine = {x for x in (source, scores, softmaxes[0], weights) if isinstance(x, fx.Node)}
     apart = all(not mine & {*node.all_input_nodes} for node in graph.nodes if node not in mine)
     computed = [node for node in graph.nodes if node.op != "placeholder" and node is not weights]
-    in_place = any(name_of(node).endswith("_") for node in computed)
+    in_place = any(called(node).endswith("_") for node in computed)
     returned = copied[outputs[0]] in (softmaxes[0], weights)
     if not (apart and returned and not in_place and type(dim) is int):
         return None
@@ -64,6 +78,11 @@ def as_operators(call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModul
         weights = filled
     graph.output(tuple(weights if copied.get(x) in (softmaxes[0], weights) else copied[x] for x in outputs))
     return graph
+
+
+def _returned(forward: fx.GraphModule) -> tuple[Any, Any]:
+    """The outputs of a forward, and what it saves."""
+    return cast(tuple[Any, Any], forward.graph.output_node().args[0])
 
 
 def _is_first(user: fx.Node) -> bool:
@@ -85,7 +104,7 @@ def _zeroed(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None]:
     """The weights after they were set to zero where the mask holds, and the mask; or the softmax itself."""
     for user in softmax.users:
         if (
-            name_of(user) in ("masked_fill", "masked_fill_")
+            called(user) in ("masked_fill", "masked_fill_")
             and user.args[0] is softmax
             and user.args[2:] in ((0,), (0.0,))
         ):
@@ -96,14 +115,23 @@ def _zeroed(softmax: fx.Node) -> tuple[fx.Node, fx.Node | None]:
 
 def _is_softmax_backward(backward: fx.GraphModule, at: int, places: list[int], dim: int) -> bool:
     """Whether a backward gives the input at `at` the gradient of a softmax, of weights at `places`, and nothing to the others."""
-    nodes = [node for node in backward.graph.nodes if name_of(node) != _GRAD_SWITCH]
+    nodes = [node for node in backward.graph.nodes if called(node) != _GRAD_SWITCH]
     inputs = [node for node in nodes if node.op == "placeholder"]
     gradient, weights = inputs[0], [inputs[place] for place in places]
     given = backward.graph.output_node().args[0]
-    if not isinstance(given, tuple | list) or any(x is not None for place, x in enumerate(given) if place != at):
+    if (
+        not isinstance(given, tuple | list)
+        or at >= len(given)
+        or any(x is not None for place, x in enumerate(given) if place != at)
+    ):
         return False
-    found = given[at]
-    if not isinstance(found, fx.Node) or name_of(found) != "_softmax_backward_data" or found.kwargs:
+    found = given[at] if at < len(given) else None
+    if (
+        not isinstance(found, fx.Node)
+        or called(found) != "_softmax_backward_data"
+        or len(found.args) != 4
+        or found.kwargs
+    ):
         return False
     result, like = recorded(found), recorded(gradient)
     if not isinstance(result, torch.Tensor) or not isinstance(like, torch.Tensor):
@@ -111,3 +139,64 @@ def _is_softmax_backward(backward: fx.GraphModule, at: int, places: list[int], d
     first, second, over, dtype = found.args
     plain = len(nodes) == len(inputs) + 2 and first is gradient and second in weights
     return plain and type(over) is int and over % result.dim() == dim and dtype == result.dtype == like.dtype
+
+
+def _dropout(forward: fx.GraphModule, backward: fx.GraphModule) -> fx.Graph | None:
+    """Elements set to zero where a drawn mask holds, and the others scaled, in both directions alike."""
+    outputs, saved = _returned(forward)
+    inputs = forward.graph.find_nodes(op="placeholder")
+    source, mask, scale = _masked_and_scaled(outputs[0])
+    keep = _drawn(mask, source)
+    if keep is None or scale is None or len(inputs) != 1 or source is not inputs[0] or not 0 < keep < 1:
+        return None
+    steps = {called(node) for node in forward.graph.nodes}
+    if (
+        not steps <= {"", _GRAD_SWITCH, "empty_like", "bernoulli_", "sub", "to", "masked_fill", "mul"}
+        or mask not in saved
+    ):
+        return None
+    back: Any = backward.graph.output_node().args[0]
+    gradient, again, factor = _masked_and_scaled(back[0] if isinstance(back, tuple | list) and len(back) == 1 else None)
+    before = backward.graph.find_nodes(op="placeholder")
+    same = gradient is before[0] and again is before[len(outputs) + list(saved).index(mask)] and factor == scale
+    if not same or abs(scale * keep - 1) > 1e-12:
+        return None
+    graph = fx.Graph()
+    x = graph.placeholder(str(source))
+    # 1 - 0.9 is not 0.1
+    graph.output((graph.call_function(torch.nn.functional.dropout, (x, float(f"{1 - keep:.12g}"), True)),))
+    return graph
+
+
+def _masked_and_scaled(node: object) -> tuple[fx.Node, fx.Node, float] | tuple[None, None, None]:
+    """x, m and c of `x.masked_fill(m, 0) * c`."""
+    if not isinstance(node, fx.Node) or called(node) != "mul" or len(node.args) != 2 or node.kwargs:
+        return None, None, None
+    filled, scale = node.args
+    if not isinstance(filled, fx.Node) or called(filled) != "masked_fill" or filled.args[2:] not in ((0,), (0.0,)):
+        return None, None, None
+    source, mask = filled.args[:2]
+    if not isinstance(source, fx.Node) or not isinstance(mask, fx.Node):
+        return None, None, None
+    return (source, mask, scale) if type(scale) is float else (None, None, None)
+
+
+def _drawn(mask: fx.Node | None, like: fx.Node | None) -> float | None:
+    """With what probability `(1 - empty_like(x).bernoulli_(p)).to(bool)` is false."""
+    if mask is None or called(mask) != "to" or mask.args[1:] != (torch.bool,) or mask.kwargs:
+        return None
+    rest = mask.args[0]
+    if (
+        not isinstance(rest, fx.Node)
+        or called(rest) != "sub"
+        or rest.args[:1] != (1,)
+        or len(rest.args) != 2
+        or rest.kwargs
+    ):
+        return None
+    drawn = rest.args[1]
+    if not isinstance(drawn, fx.Node) or called(drawn) != "bernoulli_" or len(drawn.args) != 2 or drawn.kwargs:
+        return None
+    empty, keep = drawn.args
+    fresh = isinstance(empty, fx.Node) and called(empty) == "empty_like" and empty.args == (like,) and not empty.kwargs
+    return keep if fresh and type(keep) is float else None

@@ -11,7 +11,7 @@ from torch._ops import HigherOrderOperator, OpOverload
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import is_traceable_wrapper_subclass
 
-__all__ = ["VMAP_OUT", "NormaliseError", "batched", "module_of", "name_of", "outdates", "recorded", "refuse"]
+__all__ = ["VMAP_OUT", "NormaliseError", "batched", "called", "module_of", "name_of", "outdates", "recorded", "refuse"]
 
 # Between the first two of these a graph runs under vmap; a result comes out by the last.
 _VMAP_ENTER, _VMAP_EXIT, _VMAP_IN, VMAP_OUT = (
@@ -117,6 +117,11 @@ def name_of(node: fx.Node) -> str:
     if isinstance(target, OpOverload):
         return target._opname
     return target if isinstance(target, str) else getattr(target, "__name__", "")
+
+
+def called(node: fx.Node) -> str:
+    """The name of what a node calls, or nothing: an input may be named after anything."""
+    return name_of(node) if node.op in ("call_function", "call_method") else ""
 
 
 def module_of(target: object) -> str:

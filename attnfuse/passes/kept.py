@@ -9,6 +9,7 @@ from typing import Final
 import torch
 from torch import fx
 
+from attnfuse.passes.dynamo import called
 from attnfuse.passes.graph import module_path, source_line
 from attnfuse.passes.normalise import BATCHED, NORMALISED, NORMALISED_BODIES
 from attnfuse.remark import Remark
@@ -29,7 +30,7 @@ _FORWARD_AND_BACKWARD: Final = ("autograd_function_apply",)
 def kept(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Remark]]:
     """A remark for each such attention in a normalised graph, its rewritten bodies left out, with its node."""
     for node in graph.graph.nodes:
-        name = _name(node)
+        name = called(node)
         if name in _SOFTMAXES and BATCHED in node.meta:
             yield node, _remark("AF036", node, "vmap")
         elif node.op == "call_function" and any(part in name for part in _IO_AWARE) and "backward" not in name:
@@ -37,27 +38,21 @@ def kept(graph: fx.GraphModule) -> Iterator[tuple[fx.Node, Remark]]:
         elif isinstance(node.target, torch._ops.HigherOrderOperator) and NORMALISED not in node.meta:
             why = f"{name}, whose calls differ in mode or layout" if name in NORMALISED_BODIES else name
             for found in _within(graph, node):
-                kernel = _name(found) not in _SOFTMAXES
-                yield found, _remark("AF002", found, _name(found)) if kernel else _remark("AF036", found, why)
+                kernel = called(found) not in _SOFTMAXES
+                yield found, _remark("AF002", found, called(found)) if kernel else _remark("AF036", found, why)
 
 
 def _within(graph: fx.GraphModule, call: fx.Node) -> Iterator[fx.Node]:
     """The softmaxes and attention calls in the bodies of a higher-order operator, and in bodies within them."""
     bodies = [getattr(graph, str(x.target), None) for x in call.all_input_nodes if x.op == "get_attr"]
-    for body in bodies[:1] if _name(call) in _FORWARD_AND_BACKWARD else bodies:
+    for body in bodies[:1] if called(call) in _FORWARD_AND_BACKWARD else bodies:
         if not isinstance(body, fx.GraphModule):
             continue
         for node in body.graph.nodes:
-            if _name(node) in _SOFTMAXES or any(part in _name(node) for part in _IO_AWARE):
+            if called(node) in _SOFTMAXES or any(part in called(node) for part in _IO_AWARE):
                 yield node
             elif isinstance(node.target, torch._ops.HigherOrderOperator):
                 yield from _within(body, node)
-
-
-def _name(node: fx.Node) -> str:
-    if isinstance(node.target, torch._ops.OpOverload):
-        return node.target._opname
-    return node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
 
 
 def _remark(code: str, node: fx.Node, why: str) -> Remark:
