@@ -262,7 +262,11 @@ def _logic(op: str, a: _Value, b: _Value) -> _Value:
 
 
 def _beyond(limit: float) -> Callable[[Tensor], Tensor]:
-    return lambda x: x.masked_fill(x >= limit, torch.inf).masked_fill(x <= -limit, -torch.inf)
+    def rounded(x: Tensor) -> Tensor:
+        # the derivative is 1 where the result is infinite too
+        return x + torch.where(x.abs() >= limit, x * torch.inf, 0.0).detach()
+
+    return rounded
 
 
 _OPERATIONS: Final[Mapping[str, Callable[..., Tensor]]] = {

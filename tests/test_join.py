@@ -184,6 +184,87 @@ def a_part_without_gradient(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Ten
     return weights[..., :6] @ v + weights[..., 6:] @ v2
 
 
+@left("AF024", gradients=False)
+def a_key_made_of_the_scores_of_another_part(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    scores = q @ k.mT
+    weights = torch.cat([scores, q @ (k2 + scores.sum())[:, :, :3].mT], -1).softmax(-1)
+    return weights[..., :6] @ v + weights[..., 6:] @ v2
+
+
+@left("AF024")
+def keys_of_their_own_for_each_query(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    own = k2[:, :, None] * q.sin()[:, :, :, None]
+    weights = torch.cat([q @ k.mT, torch.einsum("bhmd,bhmnd->bhmn", q, own)], -1).softmax(-1)
+    return weights @ torch.cat([v, v2], -2)
+
+
+@left("AF021")
+def values_of_their_own_for_each_query(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    own = v2[:, :, None] * q.sin()[:, :, :, None]
+    weights = torch.cat([q @ k.mT, q @ k2.mT], -1).softmax(-1)
+    return weights[..., :6] @ v + torch.einsum("bhmn,bhmnd->bhmd", weights[..., 6:], own)
+
+
+@left("AF021")
+def a_sum_that_is_broadcast(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    weights = torch.cat([q @ k.mT, q @ k2.mT], -1).softmax(-1)
+    return weights[..., :6] @ v[..., :1] + weights[..., 6:] @ v2
+
+
+@left("AF024")
+def heads_behind_the_queries(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    parts = [torch.einsum("bmhd,bnhd->bmhn", q.transpose(1, 2), x.transpose(1, 2)) for x in (k, k2)]
+    weights = torch.cat(parts, -1).softmax(-1)
+    return torch.einsum("bmhn,bnhd->bmhd", weights, torch.cat([v, v2], 2).transpose(1, 2))
+
+
+def test_parts_under_autocast() -> None:
+    """The weights are float32 there, or the values."""
+
+    def model(*given: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            out: Tensor = only_in_parts(*given)
+        return out
+
+    report = check(model, *parts(), gradients=False)
+    assert [remark.kind for remark in report.remarks] == ["fused"]
+
+
+def only_in_parts(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor) -> Tensor:
+    weights = torch.cat([q @ k2.mT, q @ k.mT], -1).softmax(-1)
+    return weights[..., :3] @ v2 + weights[..., 3:] @ v
+
+
+LEAST = torch.finfo(torch.float32).min
+MASK = torch.tensor([[False, True, True]] * 3 + [[True] * 3] * 3)
+
+
+@pytest.mark.parametrize(
+    "first",
+    [
+        lambda s, rows: s + LEAST,
+        lambda s, rows: s + torch.where(rows > 0, LEAST, 0.0)[:, None],
+        lambda s, rows: s + torch.where(rows > 0, -torch.inf, 0.0)[:, None],
+        lambda s, rows: s + rows[:, None] * 1e30,
+        lambda s, rows: torch.where(s > 0, s, LEAST),
+    ],
+    ids=["all masked", "rows masked", "rows at -inf", "rows of data", "low scores masked"],
+)
+@pytest.mark.parametrize("replaced", [True, False])
+def test_a_part_as_low_as_the_mask_of_another(first: Callable[[Tensor, Tensor], Tensor], replaced: bool) -> None:
+    """Keys of the second part are no longer certainly the least of a row."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, k2: Tensor, v2: Tensor, rows: Tensor) -> Tensor:
+        second = q @ k2.mT
+        second = second.masked_fill(MASK, LEAST) if replaced else second + torch.zeros(6, 3).masked_fill(MASK, LEAST)
+        weights = torch.cat([first(q @ k.mT, rows), second], -1).softmax(-1)
+        return weights[..., :6] @ v + weights[..., 6:] @ v2
+
+    rows = torch.tensor([0.0, -1, 1, 0, -1, 1])
+    report = check(model, *parts(), rows, gradients=False, options={"inline_scores": 0})
+    assert [remark.kind for remark in report.remarks] == ["fused"]
+
+
 def test_a_column_beside_joined_keys() -> None:
     """A sink is no part: it has no product."""
 

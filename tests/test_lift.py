@@ -16,7 +16,7 @@ from attnfuse.passes.lift import Scope, scopes
 from attnfuse.passes.normalise import normalise
 from attnfuse.score import Call, Expr, Load, Var
 from tests.harness import randn
-from tests.scalar import evaluate
+from tests.scalar import NoValueError, evaluate
 
 LIFTED: list[Any] = []
 
@@ -66,6 +66,8 @@ def test_lifted(fn: Callable[..., Tensor], inputs: Sequence[Tensor], text: str) 
         full = [0] * values[source.node].dim()
         for dim, place in zip(source.dims, at, strict=True):
             full[dim] = place
+        if any(place >= size for place, size in zip(full, values[source.node].shape, strict=True)):
+            raise NoValueError
         item = values[source.node][tuple(full)].item()
         return np.float64(item) if isinstance(item, float) else item
 

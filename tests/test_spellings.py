@@ -962,10 +962,15 @@ def prefix_joined_to_a_triangle(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) ->
     return (q @ k.mT).masked_fill(~(allowed & pad[:, None, None]), -torch.inf).softmax(-1) @ v
 
 
-def relative(x: Tensor, table: Tensor) -> Tensor:
+def at_distances(x: Tensor, table: Tensor) -> Tensor:
     """A product with each distance between two tokens, at the distance of each query and key (DeBERTa)."""
     distance = torch.arange(6)[:, None] - torch.arange(6) + 5
     return (x @ table.mT / math.sqrt(8.0)).gather(-1, distance.expand(2, 4, 6, 6))
+
+
+def relative(x: Tensor, table: Tensor) -> Tensor:
+    """The same with a projection of the distances."""
+    return at_distances(x, table @ torch.linspace(-1, 1, 16, dtype=x.dtype).view(4, 4))
 
 
 TABLE = randn(2, 4, 11, 4, seed=21)
@@ -986,6 +991,8 @@ def other_biases() -> dict[str, Callable[..., Tensor]]:
     least = torch.finfo(torch.float32).min
     return {
         "made of no q or k": lambda q, k, table: relative(table[:, :, :6] * 2, table),
+        "with a table that is given": lambda q, k, table: at_distances(q, table),
+        "scaled twice": lambda q, k, table: relative(q * 2.0**15 * 2.0**15, table),
         "a table by itself": lambda q, k, table: table.sum(-1)[:, :, :6, None] * table.sum(-1)[:, :, None, :6],
         "times a mask": lambda q, k, table: relative(q, table) * torch.where(table[:, :, :6, :1] > 2, least / 16, 0.0),
         "times a large number": lambda q, k, table: relative(q, table) * 1e30,

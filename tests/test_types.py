@@ -352,3 +352,44 @@ def test_a_softmax_that_is_narrower_than_all_around_it() -> None:
 
     report = check(rounded, *qkv(), gradients=False)
     assert [r.code for r in report.remarks] == ["AF024"]
+
+
+HALF: dict[str, Callable[[Tensor], Tensor]] = {
+    "two masks": lambda s: (
+        s + torch.where(torch.arange(6) > 2, -6e4, 0.0) + torch.where(torch.arange(6) > 1, -6e4, 0.0)
+    ),
+    "positions": lambda s: s + (torch.arange(6)[:, None] - torch.arange(6)) * 20000.0,
+    "a product of numbers": lambda s: s + torch.full((6,), -1000.0) * 100.0,
+    "a mask replaced": lambda s: s.masked_fill(torch.arange(6)[:, None] > 3, MIN),
+}
+
+
+@pytest.mark.parametrize("of", HALF.values(), ids=HALF.keys())
+def test_scores_beyond_float16(of: Callable[[Tensor], Tensor]) -> None:
+    """Sums and products that no float16 can hold are infinite after a cast, and their rows NaN; the gradient ends where the model's
+    does."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return of((q @ k.mT).float()).half().softmax(-1) @ v
+
+    given = [x.requires_grad_() for x in qkv(dtype=torch.float16)]
+    report, actual, expected = both(masked, *given)
+    assert [r.kind for r in report.remarks] == ["fused"]
+    assert torch.equal(actual.isnan(), expected.isnan())
+    grads = [torch.autograd.grad(out[:, :, :2].float().sum(), given[:1])[0] for out in (actual, expected)]
+    assert torch.equal(grads[0].isnan()[:, :, 4:], grads[1].isnan()[:, :, 4:])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_infinite_scores_below_a_mask(dtype: torch.dtype) -> None:
+    """Keys at -inf by rounding are lower than those at the least number: a row of both is uniform over the latter."""
+
+    def masked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        at = torch.arange(6)
+        low = ((q @ k.mT).float() + torch.where(at > 2, MIN, 0.0)).to(dtype)
+        return low.masked_fill((at < 3) & (at[:, None] > 2), torch.finfo(dtype).min).softmax(-1) @ v
+
+    report, actual, expected = both(masked, *qkv(dtype=dtype))
+    assert [r.kind for r in report.remarks] == ["fused"]
+    assert not actual.isnan().any()
+    torch.testing.assert_close(actual[:, :, 3:], expected[:, :, 3:])

@@ -23,25 +23,32 @@ _MOVES: Final = (*_VIEWED, "gather", "index", "index_select", "take_along_dim")
 
 
 def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
-    """Whether a leaf is made of products of q or k, whose numbers are taken for as common as the scores: none is finfo.min."""
-    factors = {_origin(score.lhs), _origin(score.rhs)}
+    """Whether a leaf is made of products of q or k with what is a product too, all taken for numbers as common as the scores: a
+    table that is given might hold finfo.min."""
+    factors = {_origin(score.lhs)[0], _origin(score.rhs)[0]}
+
+    def is_common(found: Contraction) -> bool:
+        (a, scale), (b, other) = _origin(found.lhs), _origin(found.rhs)
+        others = [x for x in (a, b) if x not in factors]
+        plain = found.added is None and scale * other <= LARGE_FACTOR
+        return plain and len(others) < 2 and all(map(_is_product, others))
 
     def made(node: fx.Node) -> bool:
-        todo = [node]
-        for at in todo:
-            found, name = contraction(at), packet(at)
-            if scope.storage.writes(at):
+        todo = [(node, 1.0)]
+        for at, factor in todo:
+            name, scale = packet(at), _scale(at)
+            if scope.storage.writes(at) or not factor <= LARGE_FACTOR:
                 return False
-            if found is not None:
-                if not factors & {_origin(found.lhs), _origin(found.rhs)} or found.added is not None:
+            if (found := contraction(at)) is not None:
+                if not is_common(found):
                     return False
-            elif name in _MOVES or _scales(at):
-                todo.append(at.args[0])  # type: ignore[arg-type]
-            elif name in ("add", "sub"):
+            elif name in _MOVES or scale is not None:
+                todo.append((at.args[0], factor * (scale or 1.0)))  # type: ignore[arg-type]
+            elif name in ("add", "sub") and at.kwargs.get("alpha", 1) == 1:
                 terms = [x for x in at.args[:2] if x != 0]
                 if not all(map(is_tensor, terms)):
                     return False
-                todo.extend(terms)  # type: ignore[arg-type]
+                todo.extend((x, factor) for x in terms)  # type: ignore[misc]
             else:
                 return False
         return True
@@ -53,27 +60,34 @@ def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
     return of_leaf
 
 
-def _origin(node: fx.Node) -> fx.Node:
-    """What a factor is a view or a multiple of."""
-    while packet(node) in _VIEWED or _scales(node):
+def _origin(node: fx.Node) -> tuple[fx.Node, float]:
+    """What a factor is a view or a multiple of, and the greatest multiple."""
+    factor = 1.0
+    while packet(node) in _VIEWED or (scale := _scale(node)) is not None:
+        factor *= 1.0 if packet(node) in _VIEWED else scale or 1.0
         above = node.args[0]
         assert isinstance(above, fx.Node)
         node = above
-    return node
+    return node, factor
 
 
-def _scales(node: fx.Node) -> bool:
-    """Whether a node multiplies by, or divides by, a known number of common size."""
+def _is_product(node: fx.Node) -> bool:
+    """Whether a factor comes out of a linear layer or another product."""
+    return contraction(node) is not None or packet(node) == "linear"
+
+
+def _scale(node: fx.Node) -> float | None:
+    """The known number that a node multiplies by, as a magnitude."""
     if packet(node) not in ("mul", "div") or not is_tensor(node.args[0]):
-        return False
+        return None
     arg = node.args[1]
     try:
-        known = float(_value(arg)) if isinstance(arg, fx.Node) else float(arg)  # type: ignore[arg-type]
+        known = abs(float(_value(arg)) if isinstance(arg, fx.Node) else float(arg))  # type: ignore[arg-type]
     except (LookupError, TypeError):
-        return False
+        return None
     if not math.isfinite(known) or known == 0:
-        return False
-    return abs(known if packet(node) == "mul" else 1 / known) <= LARGE_FACTOR
+        return None
+    return known if packet(node) == "mul" else 1 / known
 
 
 def _value(node: fx.Node) -> torch.Tensor:

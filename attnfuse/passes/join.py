@@ -53,12 +53,14 @@ class _Part:
     other: fx.Node
     """The part: of the keys or of the values."""
     labels: tuple[str, ...]
+    of_values: bool = False
     start: int = 0
 
-    def joinable(self, free: str) -> tuple[str, ...]:
+    @property
+    def joinable(self) -> tuple[str, ...]:
         """The labels of the part as [batch ..., keys, depth]."""
-        keys, depth = (free, self.found.summed) if free != "" else (self.found.summed, self.found.out_labels[-1])
-        return (*self.found.out_labels[:-2], keys, depth)
+        *batch, _, last = self.found.out_labels
+        return (*batch, self.found.summed, last) if self.of_values else (*batch, last, self.found.summed)
 
 
 def _join_keys(softmax: fx.Node) -> bool:
@@ -78,15 +80,24 @@ def _join_keys(softmax: fx.Node) -> bool:
     first = parts[0]
     chains = [between(part.found.node, cat) for part in parts]
     moved = sorted({x for chain in chains for x in chain} - {cat}, key=list(softmax.graph.nodes).index)
-    if any(part.one is not first.one for part in parts) or not _may_move((*moved, *(p.found.node for p in parts)), cat):
+    operands = {x for part in parts for x in (part.one, part.other)}
+    if operands & {*moved, *(part.found.node for part in parts)}:
+        # one part is made of the scores of another
+        return False
+    alike = len({fake(part.found.node).dtype for part in parts}) == 1
+    if (
+        not alike
+        or any(part.one is not first.one for part in parts)
+        or not _may_move((*moved, *(p.found.node for p in parts)), cat)
+    ):
         return False
     for node in moved:
         cat.prepend(node)
     graph = softmax.graph
     with graph.inserting_before(moved[0] if moved else cat):
         make = _Maker(graph, first.found.node)
-        keys = make(aten.cat.default, [_aligned(make, p, p.joinable(p.found.out_labels[-1])) for p in parts], -2)
-        scores = make(aten.matmul.default, first.one, make(aten.transpose.int, keys, -2, -1))
+        keys = make(aten.cat.default, [_aligned(make, p) for p in parts], -2)
+        scores = make(aten.matmul.default, _cast(make, first.one), make(aten.transpose.int, keys, -2, -1))
         start = 0
         for part in parts:
             size = shape(part.found.node)[-1]
@@ -118,8 +129,8 @@ def _join_values(softmax: fx.Node) -> bool:
     graph = softmax.graph
     with graph.inserting_before(total):
         make = _Maker(graph, total)
-        values = make(aten.cat.default, [_aligned(make, part, part.joinable("")) for part in parts], -2)
-        out = make(aten.matmul.default, weights, values)
+        values = make(aten.cat.default, [_aligned(make, part) for part in parts], -2)
+        out = make(aten.matmul.default, _cast(make, weights), values)
     total.replace_all_uses_with(out)
     erase(graph, [total])
     return True
@@ -136,8 +147,6 @@ class _Maker:
         values = fx.node.map_arg(args, fake)
         with fake(self.like).fake_mode, torch._C._DisableAutocast():  # type: ignore[attr-defined]
             value = target(*values)
-            if target is aten.matmul.default:
-                value = value.to(fake(self.like).dtype)
         node.meta = {**self.like.meta, "val": value}
         return node
 
@@ -193,7 +202,9 @@ def _value_parts(user: fx.Node, weights: fx.Node) -> Iterator[_Part]:
             continue
         for (one, labels), (other, other_labels) in (found.sides(), found.sides()[::-1]):
             if one is user and other is not user and labels == (*found.out_labels[:-1], found.summed):
-                part = _checked(_Part(found, one, other, other_labels, min(start + size if start < 0 else start, size)))
+                part = _checked(
+                    _Part(found, one, other, other_labels, True, min(start + size if start < 0 else start, size))
+                )
                 if part is not None:
                     yield part
 
@@ -201,14 +212,13 @@ def _value_parts(user: fx.Node, weights: fx.Node) -> Iterator[_Part]:
 def _checked(part: _Part) -> _Part | None:
     """The part, if it is a plain product and static."""
     plain = part.found.alpha == 1 and (part.found.added is None or part.found.beta == 0)
-    known = {*part.found.out_labels, part.found.summed, ""}
     static = all(map(_is_static, (part.one, part.other, part.found.node)))
-    return part if plain and static and set(part.labels) <= known else None
+    return part if plain and static and {*part.labels} <= {*part.joinable, ""} else None
 
 
-def _aligned(make: _Maker, part: _Part, labels: Sequence[str]) -> fx.Node:
-    """The part with a dimension for each of the labels, expanded where it has none of its own."""
-    node, own = part.other, list(part.labels)
+def _aligned(make: _Maker, part: _Part) -> fx.Node:
+    """The part as [batch ..., keys, depth], expanded where it has no dimension of its own, in the type of its product."""
+    node, own, labels = _cast(make, part.other), list(part.labels), part.joinable
     sizes = dict(zip(part.found.out_labels, shape(part.found.node), strict=True))
     for at in reversed([at for at, label in enumerate(own) if label not in labels]):
         node = make(aten.squeeze.dim, node, at)
@@ -223,9 +233,15 @@ def _aligned(make: _Maker, part: _Part, labels: Sequence[str]) -> fx.Node:
     return node if list(shape(node)) == full else make(aten.expand.default, node, full)
 
 
+def _cast(make: _Maker, node: fx.Node) -> fx.Node:
+    """A factor in the type of the product, to which only autocast casts."""
+    dtype = fake(make.like).dtype
+    return node if fake(node).dtype == dtype else make(aten.to.dtype, node, dtype)
+
+
 def _total(products: Sequence[fx.Node]) -> fx.Node | None:
     """The sum of all products, if each has no other use."""
-    if len(products) < 2 or len(set(products)) != len(products):
+    if len(products) < 2 or len(set(products)) != len(products) or len({shape(x) for x in products}) > 1:
         return None
     sums: dict[Any, set[fx.Node]] = {product: {product} for product in products}
     todo = list(products)

@@ -7,7 +7,7 @@ dropout and views to the value matmul.  Each step either gives the next layer or
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,6 +21,7 @@ from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
 from attnfuse.score import (
     BOOLEANS,
+    ROUNDINGS,
     TRUE,
     Call,
     Const,
@@ -104,7 +105,7 @@ def program_of(expr: Expr, dtype: torch.dtype, common: Callable[[Load], bool] = 
         Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
     body, tiers = _peeled(expr, dtype)
-    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, dtype, common):
+    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, tiers, dtype, common):
         body, tiers = expr, []
     return Program(only_finite(body), tuple(tiers))
 
@@ -117,30 +118,47 @@ def only_finite(body: Expr) -> Expr:
     return body
 
 
-def _min_is_least(expr: Expr, body: Expr, dtype: torch.dtype, common: Callable[[Load], bool]) -> bool:
-    """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and no data added that may
-    hold such values itself (a dense additive mask); data that is the same for all keys of a row masks none."""
+def _min_is_least(
+    expr: Expr, body: Expr, tiers: Sequence[Tier], dtype: torch.dtype, common: Callable[[Load], bool]
+) -> bool:
+    """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and nothing in the body that
+    may be as low or lower (a dense additive mask, -inf by rounding)."""
     fills = {e.value for e in walk(expr) if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
-    by_key = any("n" in free_vars(load) for load in added_loads(body))
-    return len(fills) == 1 and (not by_key or _stays_common(body, common))
+    inside = [*walk(body)]
+    low = any(isinstance(e, Const) and abs(e.value) > _ABSORBED for e in inside)
+    rounded = any(isinstance(e, Call) and e.op in ROUNDINGS for e in inside)
+    # what is added to whole rows masks no key, unless their masked ones are replaced
+    by_row = all(tier.fill != "=min" for tier in tiers)
+    return len(fills) == 1 and not low and not rounded and _stays_common(body, common, by_row=by_row)
 
 
 # Factors up to this make nothing of a score that finfo.min would be lost among.
 LARGE_FACTOR: Final = 2.0**20
 
 
-def _stays_common(expr: Expr, common: Callable[[Load], bool]) -> bool:
-    """Whether arithmetic on scores, on data like them and on data without keys gives nothing of another magnitude."""
+def _stays_common(expr: Expr, common: Callable[[Load], bool], *, by_row: bool) -> bool:
+    """Whether arithmetic on scores, and on data like them, gives nothing of another magnitude.
+
+    Args:
+        common: whether the values of a leaf are of the scores' own magnitude.
+        by_row: whether anything may be added that is the same for all keys.
+    """
     if isinstance(expr, Load):
-        return common(expr)
-    if not isinstance(expr, Call) or expr.op in BOOLEANS:
+        return common(expr) or (by_row and "n" not in free_vars(expr))
+    if not isinstance(expr, Call) or expr.op in BOOLEANS or not loads(expr) or expr.op == "float":
         return True
     if expr.op in ("mul", "div"):
+        if not any("n" in free_vars(load) for load in loads(expr)) and "s" in free_vars(expr):
+            # a temperature
+            return True
         known = constant(expr.args[1])
         factor = 0.0 if not known else abs(known) if expr.op == "mul" else 1 / abs(known)
-        return 0 < factor <= LARGE_FACTOR and _stays_common(expr.args[0], common)
-    parts = expr.args[1:] if expr.op == "where" else expr.args
-    return expr.op in ("add", "sub", "neg", "where", "float") and all(_stays_common(x, common) for x in parts)
+        return 0 < factor <= LARGE_FACTOR and _stays_common(expr.args[0], common, by_row=by_row)
+    if expr.op == "where":
+        return all(_stays_common(x, common, by_row=False) for x in expr.args[1:])
+    if expr.op in ("tanh", "sigmoid"):
+        return True
+    return expr.op in ("add", "sub", "neg") and all(_stays_common(x, common, by_row=by_row) for x in expr.args)
 
 
 # Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.

@@ -5,21 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import replace
-from typing import Final
 
 import torch
 from torch import fx
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake
 from attnfuse.passes.lift import Scope
+from attnfuse.passes.magnitude import ORDINARY, most
 from attnfuse.passes.peel import Miss, only_finite
-from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Program, S, added_loads, call, walk
+from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Program, added_loads, call, walk
 
 __all__ = ["rounded_by"]
-
-# Magnitudes below are lost beside the least number, in every type of its range.
-_ORDINARY: Final = 2.0**100
-_INTEGERS: Final = 2.0**63
 
 
 def rounded_by(
@@ -50,10 +46,10 @@ def rounded_by(
         expr, type_of
     ):
         return program
-    # what is finfo.min for a wider type is -inf for this one
-    least = {e.value for e in walk(expr) if isinstance(e, Const) and e.value < -_ORDINARY}
-    if all(t.fill == "-inf" for t in program.tiers) or (least == {torch.finfo(torch.bfloat16).min} and name == "bf16"):
-        return replace(program, body=call(name, program.body))
+    least = {e.value for e in walk(expr) if isinstance(e, Const) and e.value < -ORDINARY}
+    if all(value <= -ROUNDINGS[name] for value in least):
+        # what is finfo.min for a wider type is -inf for this one
+        return Program(call(name, program.body), tuple(replace(tier, fill="-inf") for tier in program.tiers))
     return Program(only_finite(call(name, expr)))
 
 
@@ -68,30 +64,16 @@ def _stays(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> bool:
 def _is_no_larger(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> bool:
     """Whether a step makes nothing of finfo(bfloat16).min that is larger still."""
     if isinstance(expr, Const):
-        return abs(expr.value) <= _ORDINARY or expr.value in (torch.finfo(torch.bfloat16).min, -math.inf)
-    if not isinstance(expr, Call) or _most(expr, type_of) <= _ORDINARY:
+        return abs(expr.value) <= ORDINARY or expr.value in (torch.finfo(torch.bfloat16).min, -math.inf)
+
+    def greatest(load: Load) -> float:
+        return math.inf if type_of(load).is_floating_point else 0.0
+
+    if not isinstance(expr, Call) or most(expr, greatest) <= ORDINARY:
         return True
     if expr.op in ("mul", "div"):
         factor = next((float(x.value) for x in expr.args[::-1] if isinstance(x, Const)), 0.0)
         return 0 < factor <= 1 if expr.op == "mul" else factor >= 1
     if expr.op == "sub":
-        return _most(expr.args[1], type_of) <= _ORDINARY
+        return most(expr.args[1], greatest) <= ORDINARY
     return expr.op in ("add", "where", *BOOLEANS)
-
-
-def _most(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> float:
-    """A bound of the magnitude; products of q and k are taken for ordinary."""
-    if isinstance(expr, Const):
-        return abs(expr.value)
-    if isinstance(expr, Load):
-        return math.inf if type_of(expr).is_floating_point else _INTEGERS
-    if not isinstance(expr, Call):
-        return 0.0 if expr == S else _INTEGERS
-    if expr.op in BOOLEANS:
-        return 1.0
-    parts = [_most(x, type_of) for x in (expr.args[1:] if expr.op == "where" else expr.args)]
-    if expr.op in ("add", "sub"):
-        return sum(parts)
-    if expr.op == "mul":
-        return 0.0 if 0.0 in parts else math.prod(parts)
-    return max(parts) if expr.op in ("where", "neg", "abs", "min", "max", "float") or max(parts) > _ORDINARY else 0.0

@@ -17,6 +17,7 @@ from torch import fx
 from attnfuse import score
 from attnfuse.passes.graph import SHORT_DTYPES, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, same, value
+from attnfuse.passes.magnitude import most
 from attnfuse.passes.views import VIEWS, through
 from attnfuse.score import COMPARISONS, Call, Const, Expr, Load, Var, added_loads, call, free_vars, loads, walk
 from attnfuse.tiles import Env, interval
@@ -439,16 +440,33 @@ def _cast(at: At) -> Expr:
             if not widened or (at.dtype in _LOW_PRECISION and not before.is_floating_point):
                 raise Unliftable(f"a value rounded to {at.dtype}")
             check_type(expr, at.dtype, at.lifter.computed_in)
-        greatest = torch.finfo(at.dtype).max if at.dtype in _LOW_PRECISION else math.inf
-        fills = [abs(e.value) for e in walk(expr) if isinstance(e, Const) and math.isfinite(e.value)]
-        if max((*fills, *map(at.lifter.greatest, added_loads(expr))), default=0.0) > greatest:
+        if at.dtype in _LOW_PRECISION and not _within(expr, at):
             if "s" not in free_vars(expr):
                 raise Unliftable(f"a value that may be beyond the range of {at.dtype}")
-            expr = call(SHORT_DTYPES[at.dtype], expr)
+            expr = _narrowed(expr, at)
     return at.lifter.collapsed(at.node, at.index, rounded(expr, at.dtype))
 
 
 MOVES.update(("to", "_to_copy", "type_as", "contiguous", "clone", "alias", "lift_fresh_copy", "lift_fresh", "detach"))
+
+
+def _narrowed(expr: Expr, at: At) -> Expr:
+    """A score rounded to a narrower type, each arm of a choice by itself: a fill beyond its range is an infinity."""
+    if isinstance(expr, Const):
+        return rounded(expr, at.dtype)
+    if isinstance(expr, Call) and expr.op == "where" and "s" not in free_vars(expr.args[0]):
+        return call("where", expr.args[0], *(_narrowed(x, at) for x in expr.args[1:]))
+    return expr if _within(expr, at) else call(SHORT_DTYPES[at.dtype], expr)
+
+
+def _within(expr: Expr, at: At) -> bool:
+    """Whether a narrower type holds whatever an expression gives, infinities apart, scores being of common size."""
+    greatest = torch.finfo(at.dtype).max
+    finite = score.substitute(expr, {Const(-math.inf): Const(0.0)})
+    if "s" in free_vars(expr) and at.dtype == torch.float16:
+        return most(finite, at.lifter.greatest) < greatest / 2
+    fills = [abs(e.value) for e in walk(finite) if isinstance(e, Const)]
+    return max((*fills, *map(at.lifter.greatest, added_loads(expr))), default=0.0) <= greatest
 
 
 @_rule("arange")
@@ -518,6 +536,8 @@ def _joined(at: At) -> Expr:
     """A choice by the position along the dimension; of data alone the tensor is as good."""
     dim = at.args["dim"] % len(at.index)
     parts = [x for x in at.args["tensors"] if len(shape(x)) == len(at.index) and not same(shape(x)[dim], 0)]
+    if not parts:
+        raise Unliftable("nothing joined")
     here = value(at.index[dim])
     start = 0
     found: list[tuple[Expr, int]] = []
