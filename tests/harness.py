@@ -109,19 +109,9 @@ class Terms(TorchDispatchMode):
         *("slice", "clone", "_to_copy", "alias", "detach", "sum", "add", "add_", "slice_backward", "select_backward"),
         *("embedding_dense_backward", "new_zeros", "index_put", "index_put_", "cat", "stack", "unbind", "split", "mul"),
     )
-    _VIEWS = (
-        "view",
-        "_unsafe_view",
-        "reshape",
-        "transpose",
-        "permute",
-        "t",
-        "expand",
-        "unsqueeze",
-        "squeeze",
-        "clone",
-        "mul",
-        "div",
+    _TO_THE_PRODUCTS = (
+        *("view", "_unsafe_view", "reshape", "transpose", "permute", "t", "expand", "unsqueeze", "squeeze", "clone"),
+        *("mul", "div", "where", "masked_fill", "sum", "add", "cat", "slice_backward", "select_backward"),
     )
 
     def __init__(self) -> None:
@@ -140,6 +130,10 @@ class Terms(TorchDispatchMode):
             elif name in ("add_", "index_put_"):
                 first, *rest = pytree.tree_map_only(Tensor, self._of, args)
                 self._sums[args[0]] = func(first.clone(), *rest, **kwargs)
+                return result
+            elif name == "copy_":
+                # a gradient that is laid out anew
+                self._sums[args[0]] = self._of(args[1])
                 return result
             elif name in self._LINEAR and any(
                 x in self._sums for x in pytree.tree_leaves(args) if isinstance(x, Tensor)
@@ -163,9 +157,10 @@ class Terms(TorchDispatchMode):
             scores[result] = weights * (gradient.abs() + (weights * gradient.abs()).sum(dim, keepdim=True))
         elif name in ("mm", "bmm") and any(x in scores for x in args):
             products[result] = func(*map(self._factor, args))
-        elif name in self._VIEWS and isinstance(args[0], Tensor):
+        elif name in self._TO_THE_PRODUCTS:
+            given = [x for x in pytree.tree_leaves(args) if isinstance(x, Tensor)]
             for found in self._of_scores:
-                if args[0] in found:
+                if any(x in found for x in given):
                     found[result] = func(*pytree.tree_map_only(Tensor, self._factor, args), **kwargs).abs()
 
     def _factor(self, x: Tensor) -> Tensor:
