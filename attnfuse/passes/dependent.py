@@ -31,6 +31,8 @@ def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
         (a, scale), (b, other) = _origin(found.lhs), _origin(found.rhs)
         others = [x for x in (a, b) if x not in factors]
         plain = found.added is None and scale * other <= LARGE_FACTOR
+        # all views of a tensor tell of writes to it
+        plain &= not any(scope.storage.writes(x) for x in (a, b))
         return plain and len(others) < 2 and all(map(_is_product, others))
 
     def made(node: fx.Node) -> bool:
