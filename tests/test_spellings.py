@@ -987,9 +987,10 @@ def padding_over_a_bias_made_of_q_and_k(q: Tensor, k: Tensor, v: Tensor, table: 
     return scores.masked_fill(~pad[:, None, None], torch.finfo(q.dtype).min).softmax(-1) @ v
 
 
-def with_a_least_row(table: Tensor) -> Tensor:
+def with_a_least_row(table: Tensor, copy: bool = False) -> Tensor:
     """A projection of which one row is written over by numbers as low as a mask's."""
     projected = table @ torch.linspace(-1, 1, 16, dtype=table.dtype).view(4, 4)
+    projected = projected.clone() if copy else projected
     projected[:, :, 3] = torch.finfo(torch.float32).min / 64
     return projected
 
@@ -1000,6 +1001,7 @@ def other_biases() -> dict[str, Callable[..., Tensor]]:
         "made of no q or k": lambda q, k, table: relative(table[:, :, :6] * 2, table),
         "with a table that is given": lambda q, k, table: at_distances(q, table),
         "with a projection that is written to": lambda q, k, table: at_distances(q, with_a_least_row(table)),
+        "with a copy that is written to": lambda q, k, table: at_distances(q, with_a_least_row(table, copy=True)),
         "scaled twice": lambda q, k, table: relative(q * 2.0**15 * 2.0**15, table),
         "a table by itself": lambda q, k, table: table.sum(-1)[:, :, :6, None] * table.sum(-1)[:, :, None, :6],
         "times a mask": lambda q, k, table: relative(q, table) * torch.where(table[:, :, :6, :1] > 2, least / 16, 0.0),

@@ -25,13 +25,12 @@ _MOVES: Final = (*_VIEWED, "gather", "index", "index_select", "take_along_dim")
 def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
     """Whether a leaf is made of products of q or k with what is a product too, all taken for numbers as common as the scores: a
     table that is given might hold finfo.min."""
-    factors = {_origin(score.lhs)[0], _origin(score.rhs)[0]}
+    factors = {_origin(score.lhs, scope)[0], _origin(score.rhs, scope)[0]}
 
     def is_common(found: Contraction) -> bool:
-        (a, scale), (b, other) = _origin(found.lhs), _origin(found.rhs)
+        (a, scale), (b, other) = _origin(found.lhs, scope), _origin(found.rhs, scope)
         others = [x for x in (a, b) if x not in factors]
         plain = found.added is None and scale * other <= LARGE_FACTOR
-        # all views of a tensor tell of writes to it
         plain &= not any(scope.storage.writes(x) for x in (a, b))
         return plain and len(others) < 2 and all(map(_is_product, others))
 
@@ -62,10 +61,10 @@ def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
     return of_leaf
 
 
-def _origin(node: fx.Node) -> tuple[fx.Node, float]:
-    """What a factor is a view or a multiple of, and the greatest multiple."""
+def _origin(node: fx.Node, scope: Scope) -> tuple[fx.Node, float]:
+    """What a factor is a view, a copy or a multiple of, as far as nothing writes to it, and the greatest multiple."""
     factor = 1.0
-    while packet(node) in _VIEWED or (scale := _scale(node)) is not None:
+    while not scope.storage.writes(node) and (packet(node) in _VIEWED or (scale := _scale(node)) is not None):
         factor *= 1.0 if packet(node) in _VIEWED else scale or 1.0
         above = node.args[0]
         assert isinstance(above, fx.Node)
