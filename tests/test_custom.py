@@ -48,6 +48,13 @@ def in_place(scores: Tensor, mask: Tensor) -> Tensor:
     return weights
 
 
+def mask_written_in_between(scores: Tensor, mask: Tensor) -> Tensor:
+    mask = mask.clone()
+    weights = torch.softmax(filled(scores, mask), -1)
+    mask[..., 0] = True
+    return weights.masked_fill(mask, 0)
+
+
 OWN: dict[str, Any] = {
     "s*0.5": function(lambda scores, mask: scores.softmax(-1)),
     "pad: bool[:, :]; s*0.5 where ~pad[b, n] else 0row": function(in_place),
@@ -65,6 +72,7 @@ OTHER: dict[str, Any] = {
     "straight through": function(in_place, lambda grad, w, mask: grad),
     "masked before only": function(lambda scores, mask: filled(scores, mask).softmax(-1)),
     "masked after only": function(lambda scores, mask: scores.softmax(-1).masked_fill(mask, 0)),
+    "a mask that is written to": function(mask_written_in_between),
     "two masks": function(lambda scores, mask: filled(scores, mask).softmax(-1).masked_fill(~mask, 0)),
     "filled with another number": function(lambda scores, mask: filled(scores, mask).softmax(-1).masked_fill(mask, 1)),
     "scaled": function(lambda scores, mask: filled(scores * 2, mask).softmax(-1).masked_fill(mask, 0)),

@@ -18,6 +18,7 @@ from attnfuse.passes.dynamo import called, recorded
 __all__ = ["as_operators"]
 
 _GRAD_SWITCH: Final = "_set_grad_enabled"
+_WRITES: Final = ("setitem", "iadd", "isub", "imul", "itruediv", "iand", "ior", "ixor")
 
 
 def as_operators(call: fx.Node, forward: fx.GraphModule, backward: fx.GraphModule) -> fx.Graph | None:
@@ -61,7 +62,7 @@ def _weights(forward: fx.GraphModule, backward: fx.GraphModule) -> fx.Graph | No
     mine = {x for x in (source, scores, softmaxes[0], weights) if isinstance(x, fx.Node)}
     apart = all(not mine & {*node.all_input_nodes} for node in graph.nodes if node not in mine)
     computed = [node for node in graph.nodes if node.op != "placeholder" and node is not weights]
-    in_place = any(called(node).endswith("_") for node in computed)
+    in_place = any(called(node).endswith("_") or called(node) in _WRITES or "out" in node.kwargs for node in computed)
     returned = copied[outputs[0]] in (softmaxes[0], weights)
     if not (apart and returned and not in_place and type(dim) is int):
         return None
