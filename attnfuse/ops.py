@@ -1,9 +1,10 @@
-"""The operators `attnfuse::attention` and `attnfuse::attention_backward`, and `attention` for calling them by hand.
+"""The operators `attnfuse::attention`, `attention_backward` and `tile_map`, and `attention` for calling the first by hand.
 
-    attention(q, k, v, leaves, sizes, seed, spec, out_order, abi) -> (out, lse)
+    attention(q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi) -> (out, lse)
 
 q [B, H, M, D], k [B, Hkv, N, D], v [B, Hkv, N, Dv], of any strides; `spec` is the text of an `AttentionSpec`, so that compiled
-graphs can be cached on disk, `leaves` and `sizes` are its operands; `seed` is one int64 element, needed with dropout.
+graphs can be cached on disk, `leaves` and `sizes` are its operands; `tiles` is empty, or the tile map of its mask, which
+attentions under one mask share; `seed` is one int64 element, needed with dropout.
 out [B, H, M, Dv] has v's type and is dense in `out_order`, its axes from slowest to fastest in memory.  lse [B, H, M] is the
 natural log-sum-exp of the scores without the sink, contiguous, fp32 (fp64 where q is).  In a row without any allowed key it
 is fp32's least finite value if the row is uniform over keys filled with `min`, else -inf.  Both results are differentiable
@@ -11,6 +12,13 @@ once, in reverse mode, with respect to q, k, v and floating-point leaves; those 
 
 There is no autocast rule: the caller writes casts down, and kernels run without autocast.  `abi` is `ABI`, so that a graph
 from another version's cache stops with a message instead of reading its operands wrongly.
+
+    tile_map(leaves, sizes, shape, spec, abi) -> (rows, keys)
+
+`shape` is B, H, Hkv, M, N; `spec` the text of a spec whose mask reads leaves (where it reads none, attention computes the map
+once and keeps it).  `rows` [B or 1, H or 1, row tiles, 2 + key tiles], int32, has for each block of rows how many tiles of keys
+are FULL and how many PARTIAL, then the numbers of these; `keys` [B or 1, H or 1, key tiles, 2 + row tiles] is the same map
+turned round.
 """
 
 from __future__ import annotations
@@ -29,21 +37,25 @@ from attnfuse.templates.base import Cotangents, Inputs, Kernel, Target
 from attnfuse.templates.choose import Refusal, choose
 from attnfuse.templates.dense import Dense
 from attnfuse.templates.launch import arch_of
+from attnfuse.templates.tile_lists import list_shapes, lists_of
 
 # Rises when a schema, a fake, a stride or autograd of the operators changes; tests/test_ops.py notices.
-ABI: Final = 1
+ABI: Final = 2
 
 FORWARD_SCHEMA: Final = (
-    "attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, SymInt[] sizes, Tensor? seed, str spec, int[] out_order, "
-    "int abi) -> (Tensor out, Tensor lse)"
+    "attention(Tensor q, Tensor k, Tensor v, Tensor[] leaves, SymInt[] sizes, Tensor[] tiles, Tensor? seed, str spec, "
+    "int[] out_order, int abi) -> (Tensor out, Tensor lse)"
 )
 BACKWARD_SCHEMA: Final = (
     "attention_backward(Tensor? dout, Tensor? dlse, Tensor q, Tensor k, Tensor v, Tensor[] leaves, SymInt[] sizes, "
-    "Tensor out, Tensor lse, Tensor? seed, str spec, bool[] needs, int[] out_order, int abi) -> Tensor[]"
+    "Tensor[] tiles, Tensor out, Tensor lse, Tensor? seed, str spec, bool[] needs, int[] out_order, int abi) -> Tensor[]"
+)
+TILE_MAP_SCHEMA: Final = (
+    "tile_map(Tensor[] leaves, SymInt[] sizes, SymInt[] shape, str spec, int abi) -> (Tensor rows, Tensor keys)"
 )
 
 _LIBRARY: Final[Any] = torch.library.Library("attnfuse", "DEF")  # type: ignore[no-untyped-call]
-for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA):
+for _schema in (FORWARD_SCHEMA, BACKWARD_SCHEMA, TILE_MAP_SCHEMA):
     _LIBRARY.define(_schema, tags=(torch.Tag.pt2_compliant_tag, torch.Tag.flexible_layout))
 _FORWARD: Final = torch.ops.attnfuse.attention.default
 _BACKWARD: Final = torch.ops.attnfuse.attention_backward.default
@@ -79,6 +91,7 @@ class _Kind(NamedTuple):
     devices: tuple[torch.device, torch.device, torch.device]
     leaves: tuple[tuple[torch.dtype, int, torch.device], ...]
     size_count: int
+    tiles: tuple[tuple[int, ...], ...]
     has_seed: bool
     out_order: tuple[int, ...]
     abi: int
@@ -90,6 +103,7 @@ def _kind(
     v: Tensor,
     leaves: Sequence[Tensor],
     sizes: Sequence[int],
+    tiles: Sequence[Tensor],
     seed: Tensor | None,
     spec: str,
     out_order: Sequence[int],
@@ -97,17 +111,14 @@ def _kind(
 ) -> _Kind:
     kinds = tuple([(x.dtype, x.dim(), x.device) for x in leaves])
     dtypes, devices = (q.dtype, k.dtype, v.dtype), (q.device, k.device, v.device)
-    order = tuple(out_order)
-    return _Kind(spec, q.shape, k.shape, v.shape, dtypes, devices, kinds, len(sizes), seed is not None, order, abi)
+    maps = tuple([tuple(x.shape) for x in tiles])
+    shapes, order = (q.shape, k.shape, v.shape), tuple(out_order)
+    return _Kind(spec, *shapes, dtypes, devices, kinds, len(sizes), maps, seed is not None, order, abi)
 
 
 def _checked(kind: _Kind) -> AttentionSpec:
     """The spec of a call that fits it; ValueError with what does not, its limit and the way out."""
-    if kind.abi != ABI:
-        raise ValueError(
-            f"attnfuse::attention was called with abi {kind.abi}, this version has abi {ABI}: the graph was compiled by "
-            f"another version of attnfuse; compile it again (torch.compiler.reset() and an empty compile cache)"
-        )
+    _check_abi(kind.abi)
     for name, x, dtype in zip("qkv", (kind.q, kind.k, kind.v), kind.dtypes, strict=True):
         if len(x) != 4:
             raise ValueError(
@@ -147,6 +158,13 @@ def _checked(kind: _Kind) -> AttentionSpec:
             raise ValueError(f"leaf {leaf.name} is {found}, the score declares {leaf}: cast or reshape it")
     if kind.size_count < spec.size_count():
         raise ValueError(f"{kind.size_count} sizes given, the score uses {spec.size_count()} (i0 …): {spec}")
+    if kind.tiles:
+        expected = list_shapes(kind.text, (kind.q[0], H, Hkv, kind.q[2], kind.k[2]))
+        fits = len(kind.tiles) == 2 and not any(
+            len(x) != len(y) or any(map(_differ, x, y)) for x, y in zip(kind.tiles, expected, strict=True)
+        )
+        if not fits:
+            raise ValueError(f"tiles have the shapes {kind.tiles}; a tile map of {kind.text} has {expected}")
     if spec.dropout and not kind.has_seed:
         raise ValueError(
             f"dropout {spec.dropout} needs a seed, one int64 element: seed=torch.randint(2**62, ()), or dropout 0"
@@ -178,14 +196,15 @@ def _prepared(
     v: Tensor,
     leaves: Sequence[Tensor],
     sizes: Sequence[int],
+    tiles: Sequence[Tensor],
     seed: Tensor | None,
     spec: str,
     out_order: Sequence[int],
     abi: int,
 ) -> tuple[Kernel, Inputs]:
-    kind = _kind(q, k, v, leaves, sizes, seed, spec, out_order, abi)
+    kind = _kind(q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi)
     kernel, parsed, shape = _kernel(kind, q.device.type, training)
-    return kernel, Inputs(parsed, spec, shape, q, k, v, leaves, tuple(sizes), seed, kind.out_order)
+    return kernel, Inputs(parsed, spec, shape, q, k, v, leaves, tuple(sizes), seed, kind.out_order, tiles)
 
 
 def _forward(*operands: Any) -> tuple[Tensor, Tensor]:
@@ -204,6 +223,7 @@ def _backward(
     v: Tensor,
     leaves: Sequence[Tensor],
     sizes: Sequence[int],
+    tiles: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
     seed: Tensor | None,
@@ -212,7 +232,7 @@ def _backward(
     out_order: Sequence[int],
     abi: int,
 ) -> list[Tensor]:
-    kernel, inputs = _prepared(True, q, k, v, leaves, sizes, seed, spec, out_order, abi)
+    kernel, inputs = _prepared(True, q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi)
     cotangents = Cotangents(out, lse, dout, dlse, tuple(needs))
     if torch._C._is_any_autocast_enabled():
         with torch._C._DisableAutocast():
@@ -226,12 +246,13 @@ def _forward_fake(
     v: Tensor,
     leaves: Sequence[Tensor],
     sizes: Sequence[int],
+    tiles: Sequence[Tensor],
     seed: Tensor | None,
     spec: str,
     out_order: Sequence[int],
     abi: int,
 ) -> tuple[Tensor, Tensor]:
-    _checked(_kind(q, k, v, leaves, sizes, seed, spec, out_order, abi))
+    _checked(_kind(q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi))
     B, H, M, _ = q.shape
     out = torch.empty_permuted((B, H, M, v.shape[3]), list(out_order), dtype=v.dtype, device=q.device)
     return out, torch.empty((B, H, M), dtype=torch.promote_types(q.dtype, torch.float32), device=q.device)
@@ -245,6 +266,7 @@ def _backward_fake(
     v: Tensor,
     leaves: Sequence[Tensor],
     sizes: Sequence[int],
+    tiles: Sequence[Tensor],
     out: Tensor,
     lse: Tensor,
     seed: Tensor | None,
@@ -253,7 +275,7 @@ def _backward_fake(
     out_order: Sequence[int],
     abi: int,
 ) -> list[Tensor]:
-    _checked(_kind(q, k, v, leaves, sizes, seed, spec, out_order, abi))
+    _checked(_kind(q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi))
     wanted = [(x, needed) for x, needed in zip((q, k, v, *leaves), needs, strict=True)]
     return [
         torch.empty_permuted(x.shape, list(out_order if at < 3 else range(x.dim())), dtype=x.dtype, device=x.device)
@@ -270,6 +292,7 @@ class _Attention(torch.autograd.Function):
         ctx: Any,
         below: torch._C.DispatchKeySet,
         sizes: Sequence[int],
+        tiles: Sequence[Tensor],
         spec: str,
         out_order: Sequence[int],
         abi: int,
@@ -280,21 +303,22 @@ class _Attention(torch.autograd.Function):
         *leaves: Tensor,
     ) -> tuple[Tensor, Tensor]:
         with torch._C._AutoDispatchBelowAutograd():
-            out, lse = _FORWARD.redispatch(below, q, k, v, list(leaves), sizes, seed, spec, out_order, abi)
-        ctx.save_for_backward(seed, out, lse, q, k, v, *leaves)
-        ctx.call = sizes, spec, out_order, abi
+            out, lse = _FORWARD.redispatch(below, q, k, v, list(leaves), sizes, tiles, seed, spec, out_order, abi)
+        ctx.save_for_backward(seed, out, lse, q, k, v, *leaves, *tiles)
+        ctx.call = sizes, len(leaves), spec, out_order, abi
         ctx.set_materialize_grads(False)
         return out, lse
 
     @staticmethod
     def backward(ctx: Any, dout: Tensor | None, dlse: Tensor | None) -> tuple[Tensor | None, ...]:
-        seed, out, lse, q, k, v, *leaves = ctx.saved_tensors
-        sizes, spec, out_order, abi = ctx.call
-        needs = list(ctx.needs_input_grad[6:])
+        seed, out, lse, q, k, v, *more = ctx.saved_tensors
+        sizes, count, spec, out_order, abi = ctx.call
+        leaves, tiles = more[:count], more[count:]
+        needs = list(ctx.needs_input_grad[7:])
         if dout is None and dlse is None:
             return (None,) * len(ctx.needs_input_grad)
-        grads = iter(_BACKWARD(dout, dlse, q, k, v, leaves, sizes, out, lse, seed, spec, needs, out_order, abi))
-        return (*(None,) * 6, *(next(grads) if needed else None for needed in needs))
+        grads = iter(_BACKWARD(dout, dlse, q, k, v, leaves, sizes, tiles, out, lse, seed, spec, needs, out_order, abi))
+        return (*(None,) * 7, *(next(grads) if needed else None for needed in needs))
 
     @staticmethod
     def jvp(ctx: Any, *tangents: Tensor | None) -> NoReturn:
@@ -339,6 +363,7 @@ def _forward_autograd(
     v: Tensor,
     leaves: list[Tensor],
     sizes: list[int],
+    tiles: list[Tensor],
     seed: Tensor | None,
     spec: str,
     out_order: list[int],
@@ -350,11 +375,11 @@ def _forward_autograd(
     if torch.is_grad_enabled() and torch._C._any_requires_grad(q, k, v, leaves):
         if torch._C._are_functorch_transforms_active():
             _refuse("torch.func transforms")
-        return _apply(_Attention, below, sizes, spec, out_order, abi, seed, q, k, v, *leaves)  # type: ignore[no-any-return]
+        return _apply(_Attention, below, sizes, tiles, spec, out_order, abi, seed, q, k, v, *leaves)  # type: ignore[no-any-return]
     if below.raw_repr() in _DIRECT:
-        return _forward(q, k, v, leaves, sizes, seed, spec, out_order, abi)
+        return _forward(q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi)
     with torch._C._AutoDispatchBelowAutograd():
-        return _FORWARD.redispatch(below, q, k, v, leaves, sizes, seed, spec, out_order, abi)  # type: ignore[no-any-return]
+        return _FORWARD.redispatch(below, q, k, v, leaves, sizes, tiles, seed, spec, out_order, abi)  # type: ignore[no-any-return]
 
 
 def _backward_autograd(keys: torch._C.DispatchKeySet, *operands: Any) -> list[Tensor]:
@@ -372,12 +397,37 @@ def _forward_vmap(*operands: Any) -> NoReturn:
     _refuse("vmap (fold the mapped axis into the batch)")
 
 
+def _check_abi(abi: int) -> None:
+    if abi != ABI:
+        raise ValueError(
+            f"attnfuse was called with abi {abi}, this version has abi {ABI}: the graph was compiled by another version of "
+            f"attnfuse; compile it again (torch.compiler.reset() and an empty compile cache)"
+        )
+
+
+def _tile_map(
+    leaves: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int], spec: str, abi: int
+) -> tuple[Tensor, Tensor]:
+    _check_abi(abi)
+    return lists_of(spec, leaves, tuple(sizes), shape, leaves[0].device)
+
+
+def _tile_map_fake(
+    leaves: Sequence[Tensor], sizes: Sequence[int], shape: Sequence[int], spec: str, abi: int
+) -> tuple[Tensor, Tensor]:
+    _check_abi(abi)
+    rows, keys = list_shapes(spec, shape)
+    return leaves[0].new_empty(rows, dtype=torch.int32), leaves[0].new_empty(keys, dtype=torch.int32)
+
+
 for _name, _kernel_of, _autograd_of, _fake_of in (
     ("attention", _forward, _forward_autograd, _forward_fake),
     ("attention_backward", _backward, _backward_autograd, _backward_fake),
+    ("tile_map", _tile_map, None, _tile_map_fake),
 ):
     _LIBRARY.impl(_name, _kernel_of, "CompositeExplicitAutograd")
-    _LIBRARY.impl(_name, _autograd_of, "Autograd", with_keyset=True)
+    if _autograd_of is not None:
+        _LIBRARY.impl(_name, _autograd_of, "Autograd", with_keyset=True)
     _LIBRARY.impl(_name, _forward_vmap, "FuncTorchBatched")
     torch.library.register_fake(f"attnfuse::{_name}", _fake_of, lib=_LIBRARY)
 
@@ -411,7 +461,7 @@ def attention(
         seed = torch.randint(-(2**63), 2**63 - 1, (), device=q.device)
     heads_inside = q.dim() == 4 and q.stride(1) < q.stride(2)
     order = [0, 2, 1, 3] if heads_inside else [0, 1, 2, 3]
-    out, _ = _FORWARD(q, k, v, list(leaves.values()), [], seed, text, order, ABI)
+    out, _ = _FORWARD(q, k, v, list(leaves.values()), [], [], seed, text, order, ABI)
     return out  # type: ignore[no-any-return]
 
 

@@ -48,7 +48,9 @@ class Call(NamedTuple):
 
     def run(self) -> tuple[Tensor, Tensor]:
         seed = SEED.to(self.q.device) if self.spec.dropout else None
-        return OP(self.q, self.k, self.v, list(self.leaves), list(self.sizes), seed, str(self.spec), self.order, ABI)
+        return OP(
+            self.q, self.k, self.v, list(self.leaves), list(self.sizes), [], seed, str(self.spec), self.order, ABI
+        )
 
 
 def made(

@@ -56,7 +56,7 @@ def call(
 ) -> tuple[Any, ...]:
     """Arguments of the operator."""
     seed = torch.tensor([7]) if "dropout" in text else None
-    return (*operands(grad), list(leaves), list(sizes), seed, text, [0, 2, 1, 3], ABI)
+    return (*operands(grad), list(leaves), list(sizes), [], seed, text, [0, 2, 1, 3], ABI)
 
 
 CALLS: dict[str, Callable[[], tuple[Any, ...]]] = {
@@ -78,12 +78,12 @@ def test_opcheck(make: Callable[[], tuple[Any, ...]]) -> None:
 
 @pytest.mark.parametrize("name", ["causal", "padded", "dropout"])
 def test_opcheck_of_the_backward(name: str) -> None:
-    q, k, v, leaves, sizes, seed, text, order, abi = CALLS[name]()
+    q, k, v, leaves, sizes, tiles, seed, text, order, abi = CALLS[name]()
     with torch.no_grad():
-        out, lse = OP(q, k, v, leaves, sizes, seed, text, order, abi)
+        out, lse = OP(q, k, v, leaves, sizes, tiles, seed, text, order, abi)
     needs = [True, True, True, *(False for _ in leaves)]
     q, k, v = (x.detach() for x in (q, k, v))
-    given = (torch.randn_like(out), None, q, k, v, leaves, sizes, out, lse, seed, text, needs, order, abi)
+    given = (torch.randn_like(out), None, q, k, v, leaves, sizes, tiles, out, lse, seed, text, needs, order, abi)
     torch.library.opcheck(BACKWARD, given)
 
 
@@ -93,13 +93,14 @@ def test_schemas() -> None:
 
 
 # What a graph in a cache relies on.  If this fails, raise ABI in attnfuse/ops.py and write the new pair here.
-ABI_AND_DIGEST = (1, "98d39755c1142065")
+ABI_AND_DIGEST = (2, "614ff83f73a78586")
 
 
 def test_abi_rises_with_schema_fakes_strides_and_autograd() -> None:
-    parts = [ops.FORWARD_SCHEMA, ops.BACKWARD_SCHEMA]
+    parts = [ops.FORWARD_SCHEMA, ops.BACKWARD_SCHEMA, ops.TILE_MAP_SCHEMA]
     layout = (tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT)
-    for function in (ops._forward_fake, ops._backward_fake, ops._Attention, ops._Once, ops._forward_autograd):
+    fakes = ops._forward_fake, ops._backward_fake, ops._tile_map_fake
+    for function in (*fakes, ops._Attention, ops._Once, ops._forward_autograd):
         tokens = tokenize.generate_tokens(io.StringIO(inspect.getsource(function)).readline)
         words = " ".join(token.string for token in tokens if token.type not in layout)
         parts.append(words.replace(", )", " )"))
@@ -110,8 +111,8 @@ def test_abi_rises_with_schema_fakes_strides_and_autograd() -> None:
 @pytest.mark.parametrize("order", [[0, 1, 2, 3], [0, 2, 1, 3], [2, 0, 1, 3]])
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_fake_strides_are_the_real_ones(order: list[int], dynamic: bool) -> None:
-    q, k, v, leaves, sizes, seed, text, _, abi = CALLS["padded"]()
-    out, lse = OP(q, k, v, leaves, sizes, seed, text, order, abi)
+    q, k, v, leaves, sizes, tiles, seed, text, _, abi = CALLS["padded"]()
+    out, lse = OP(q, k, v, leaves, sizes, tiles, seed, text, order, abi)
     grads = torch.autograd.grad(out.sum(), (q, k, v))
     seen: list[tuple[int, ...]] = []
 
@@ -119,12 +120,14 @@ def test_fake_strides_are_the_real_ones(order: list[int], dynamic: bool) -> None
         return gm
 
     compiled = torch.compile(
-        lambda q, k, v, mask: OP(q, k, v, [mask], sizes, seed, text, order, abi), backend=backend, dynamic=dynamic
+        lambda q, k, v, mask: OP(q, k, v, [mask], sizes, tiles, seed, text, order, abi),
+        backend=backend,
+        dynamic=dynamic,
     )
     out2, lse2 = compiled(q, k, v, leaves[0])
     with torch._subclasses.FakeTensorMode() as mode:
         faked = [mode.from_tensor(x) for x in (q, k, v)]
-        out3, lse3 = OP(*faked, [mode.from_tensor(leaves[0])], sizes, seed, text, order, abi)
+        out3, lse3 = OP(*faked, [mode.from_tensor(leaves[0])], sizes, tiles, seed, text, order, abi)
         grads3 = torch.autograd.grad(out3.sum(), faked)
     seen = [x.stride() for x in (out3, lse3, *grads3)]
     assert [x.stride() for x in (out, lse, *grads)] == seen
@@ -138,7 +141,7 @@ def test_only_the_wanted_gradients_are_computed() -> None:
     for wanted in range(3):
         q, k, v = operands(grad=False)
         x = (q, k, v)[wanted].requires_grad_()
-        out, _ = OP(q, k, v, [], [], None, CAUSAL, [0, 2, 1, 3], ABI)
+        out, _ = OP(q, k, v, [], [], [], None, CAUSAL, [0, 2, 1, 3], ABI)
         (grad,) = torch.autograd.grad(out.square().sum(), x)
         exact, _ = reference(parse_spec(CAUSAL), q, k, v, ())
         (expected,) = torch.autograd.grad(exact.square().sum(), x)
@@ -148,7 +151,7 @@ def test_only_the_wanted_gradients_are_computed() -> None:
 def test_gradient_of_a_leaf_alone() -> None:
     q, k, v = operands(grad=False)
     slope = torch.rand(4, requires_grad=True)
-    out, _ = OP(q, k, v, [slope], [3], None, SLOPED, [0, 2, 1, 3], ABI)
+    out, _ = OP(q, k, v, [slope], [3], [], None, SLOPED, [0, 2, 1, 3], ABI)
     exact, _ = reference(parse_spec(SLOPED), q, k, v, (slope,), (3,))
     (grad,), (expected,) = (torch.autograd.grad(x.square().sum(), slope) for x in (out, exact))
     torch.testing.assert_close(grad, expected)
@@ -156,7 +159,7 @@ def test_gradient_of_a_leaf_alone() -> None:
 
 def test_gradient_of_lse_alone() -> None:
     q, k, v = operands()
-    _, lse = OP(q, k, v, [], [], None, CAUSAL, [0, 2, 1, 3], ABI)
+    _, lse = OP(q, k, v, [], [], [], None, CAUSAL, [0, 2, 1, 3], ABI)
     _, exact = reference(parse_spec(CAUSAL), q, k, v, ())
     found = torch.autograd.grad(lse.sum(), (q, k, v), materialize_grads=True)
     expected = torch.autograd.grad(exact.sum(), (q, k), materialize_grads=True)
@@ -168,7 +171,9 @@ def test_gradcheck() -> None:
     q, k, v = (x[:, :, :5, :3].detach().double().requires_grad_() for x in operands())
     slope = torch.rand(4, dtype=torch.float64, requires_grad=True)
     text = "slope: f64[:]; 3*tanh(s*0.25/3) + slope[h]*n where n <= m else -inf"
-    assert torch.autograd.gradcheck(lambda *x: OP(*x[:3], [x[3]], [], None, text, [0, 1, 2, 3], ABI), (q, k, v, slope))
+    assert torch.autograd.gradcheck(
+        lambda *x: OP(*x[:3], [x[3]], [], [], None, text, [0, 1, 2, 3], ABI), (q, k, v, slope)
+    )
 
 
 def refused(run: Callable[[], object], what: str) -> None:
@@ -272,11 +277,15 @@ def test_operands_that_do_not_fit(run: Callable[[], object], message: str) -> No
         ({"leaves": [torch.zeros(2, 20)]}, r"leaf pad is a torch.float32 tensor of 2 dimensions.*pad: bool\[:, :\]"),
         ({"leaves": [torch.ones(20).bool()]}, "leaf pad is a torch.bool tensor of 1 dimensions.*cast or reshape"),
         ({"spec": SLOPED, "leaves": [torch.zeros(4)]}, "0 sizes given, the score uses 1"),
+        (
+            {"tiles": [torch.zeros(1, 1, 1, 3, dtype=torch.int32)]},
+            r"tiles have the shapes \(\(1, 1, 1, 3\),\); a tile map of",
+        ),
         ({"spec": DROPPED, "leaves": []}, "dropout 0.25 needs a seed, one int64 element.*or dropout 0"),
     ],
 )
 def test_arguments_that_do_not_fit(change: dict[str, Any], message: str) -> None:
-    names = ("q", "k", "v", "leaves", "sizes", "seed", "spec", "out_order", "abi")
+    names = ("q", "k", "v", "leaves", "sizes", "tiles", "seed", "spec", "out_order", "abi")
     given = dict(zip(names, call(PADDED, leaves=(pad(),)), strict=True)) | change
     with pytest.raises(ValueError, match=message):
         OP(*given.values())
@@ -380,7 +389,7 @@ def test_errors_of_attention() -> None:
 
 @pytest.mark.parametrize("name", CALLS.keys())
 def test_dense_gives_what_the_operator_gives(name: str) -> None:
-    q, k, v, leaves, sizes, seed, text, order, _ = CALLS[name]()
+    q, k, v, leaves, sizes, _, seed, text, order, _ = CALLS[name]()
     q, k, v, *leaves = (x.detach().double() if x.is_floating_point() else x for x in (q, k, v, *leaves))
     spec = parse_spec(text)
     inputs = Inputs(spec, text, Shape(2, 4, 2, 20, 20, 16, 16), q, k, v, leaves, tuple(sizes), seed, tuple(order))
@@ -413,9 +422,9 @@ def test_a_device_without_templates_is_served_densely(monkeypatch: pytest.Monkey
 @pytest.mark.parametrize("text", [CAUSAL, "5*tanh(s/5) where n <= m else -inf"])
 def test_autocast_does_not_reach_into_kernels(text: str) -> None:
     q, k, v = (x.detach().requires_grad_() for x in operands())
-    expected = OP(q, k, v, [], [], None, text, [0, 1, 2, 3], ABI)[0]
+    expected = OP(q, k, v, [], [], [], None, text, [0, 1, 2, 3], ABI)[0]
     with torch.autocast("cpu", torch.bfloat16):
-        found = OP(q, k, v, [], [], None, text, [0, 1, 2, 3], ABI)[0]
+        found = OP(q, k, v, [], [], [], None, text, [0, 1, 2, 3], ABI)[0]
         grads = torch.autograd.grad(found.sum(), (q, k, v))
     assert torch.equal(found, expected)
     assert all(map(torch.equal, grads, torch.autograd.grad(expected.sum(), (q, k, v))))
@@ -451,7 +460,7 @@ def test_compiles_once_for_all_sizes(training: bool) -> None:
 
     def run(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
         text = "pad: bool[:, :]; s*0.25 where n <= m + i0 & pad[b, n] else +min"
-        out, _ = OP(q, k, v, [pad], [q.shape[2] // 4], None, text, [0, 2, 1, 3], ABI)
+        out, _ = OP(q, k, v, [pad], [q.shape[2] // 4], [], None, text, [0, 2, 1, 3], ABI)
         return out * 2
 
     torch._dynamo.reset()
@@ -490,7 +499,7 @@ from attnfuse.ops import ABI
 text = "pad: bool[:, :]; s*0.25 where n <= m & pad[b, n] else +min"
 
 def run(q, k, v, pad):
-    return torch.ops.attnfuse.attention(q, k, v, [pad], [], None, text, [0, 2, 1, 3], ABI)[0]
+    return torch.ops.attnfuse.attention(q, k, v, [pad], [], [], None, text, [0, 2, 1, 3], ABI)[0]
 
 torch.manual_seed(0)
 training = sys.argv[1] == "training"

@@ -115,6 +115,8 @@ class Scope:
         """For each input of a body what the calls pass for it, one operand a call."""
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Outputs of attentions that have been rewritten, with what stands in their place."""
+        self.tile_maps: dict[object, list[fx.Node]] = {}
+        """The tile maps that have been written, by their masks."""
         self._may_require_grad: dict[fx.Node, bool] = {}
         self.lifter = Lifter(self)
 

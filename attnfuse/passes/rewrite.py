@@ -26,9 +26,10 @@ from attnfuse.passes.site import Layout, Operand, Site, layout
 from attnfuse.passes.spell import Meaning, hint
 from attnfuse.passes.views import PERMUTATIONS, cuts_gradient, permutation
 from attnfuse.score import added_loads
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, parse_spec
 from attnfuse.templates.inline import Inline, written_out
 from attnfuse.templates.library import Call
+from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, worth_a_map
 
 _AXES: Final = ("b", "h", "m", "e")
 
@@ -98,6 +99,8 @@ def insert(
             # a new placeholder is an operand of the body's calls already; `prune_operands` takes it out again
             for node in reversed([n for n in graph.nodes if id(n) not in before and n.op != "placeholder"]):
                 graph.erase_node(node)
+            maps = site.scope.tile_maps
+            site.scope.tile_maps = {key: pair for key, pair in maps.items() if id(pair[0]) in before}
             raise
     for old, new in pairs:
         new.meta = {**old.meta, "val": new.meta["val"]}
@@ -149,9 +152,9 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
             seed = emit(aten.randint.low, -(2**62), 2**62, [1], dtype=torch.int64, device=fake(q).device)
         if free:
             order = free
-        pair = emit(
-            torch.ops.attnfuse.attention.default, q, k, v, leaves, sizes, seed, str(what.spec), list(order), ops.ABI
-        )
+        tiles = _tile_map(emit, site, what, (q, k), leaves, sizes)
+        given = q, k, v, leaves, sizes, tiles, seed, str(what.spec), list(order), ops.ABI
+        pair = emit(torch.ops.attnfuse.attention.default, *given)
         out = emit(operator.getitem, pair, 0)
         placed = _placed(emit, out, site, site.out_index)
     if written:
@@ -427,6 +430,41 @@ def _leaves(emit: Emitter, site: Site, what: Meaning) -> list[fx.Node]:
             node = emit(aten.detach.default, node)
         found.append(node)
     return found
+
+
+def _tile_map(
+    emit: Emitter,
+    site: Site,
+    what: Meaning,
+    q_and_k: tuple[fx.Node, fx.Node],
+    leaves: Sequence[fx.Node],
+    sizes: Sequence[fx.Node],
+) -> list[fx.Node]:
+    """The tile map of a mask that reads leaves, one for all attentions that share it; nothing where none is needed."""
+    spec, scope = what.spec, site.scope
+    if not (has_no_ranges(spec) and reads_leaves(spec) and worth_a_map(what.shape.M, what.shape.N)):
+        return []
+    mask = parse_spec(mask_text(str(spec)))
+    read = {leaf.name for leaf in mask.leaves}
+    sources = [source for leaf, source in zip(spec.leaves, what.leaves, strict=True) if leaf.name in read]
+    if any(leaf.dtype == "f64" for leaf in mask.leaves) or any(source in site.overwritten for source in sources):
+        # the attention makes it itself, with its own type and of the values that it reads
+        return []
+    shape_ = [_size(emit, node, dim) for node, dim in zip((*(q_and_k[:1] * 2), q_and_k[1]), (0, 1, 1), strict=True)]
+    shape_ += [_size(emit, node, 2) for node in q_and_k]
+    numbers = tuple(expr for expr, _, _ in what.sizes)
+    key = (str(mask), tuple((id(x.scope), x.node, x.dims) for x in sources), numbers, tuple(map(str, what.shape[:5])))
+    known = scope.tile_maps.get(key)
+    if known is None or not known[0] < site.place:
+        named = [node for leaf, node in zip(spec.leaves, leaves, strict=True) if leaf.name in read]
+        pair = emit(torch.ops.attnfuse.tile_map.default, named, sizes, shape_, str(mask), ops.ABI)
+        known = scope.tile_maps[key] = [emit(operator.getitem, pair, at) for at in range(2)]
+    return known
+
+
+def _size(emit: Emitter, node: fx.Node, dim: int) -> fx.Node | int:
+    size = shape(node)[dim]
+    return size if isinstance(size, int) else emit(aten.sym_size.int, node, dim)
 
 
 def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING, Any, Final
 
 import torch
@@ -558,6 +559,28 @@ def _joined(at: At) -> Expr:
     if "s" not in free_vars(expr) and any({"m", "n"} <= free_vars(x) for x in loads(expr)):
         raise Unliftable("joined data")
     return expr
+
+
+_MOST_ALTERNATIVES: Final = 16
+
+
+@_rule("any", "all")
+def _quantified(at: At) -> Expr:
+    """One alternative, or condition, for each element along a short dimension: rounds of hashing, several windows."""
+    args = at.args
+    source = args["self"]
+    if not isinstance(args.get("dim"), int) or at.kind != "bool" or kind(source) != "bool":
+        raise Unliftable(f"{at.name} of this form")
+    dim = args["dim"] % len(shape(source))
+    size = shape(source)[dim]
+    if not isinstance(size, int) or not 1 <= size <= _MOST_ALTERNATIVES:
+        raise Unliftable(f"{at.name} over {size} elements, at most {_MOST_ALTERNATIVES} are written out")
+    kept = list(at.index)
+    if args["keepdim"]:
+        kept.pop(dim)
+    digits: list[Index] = [(Digit(Const(i), size),) if size > 1 else () for i in range(size)]
+    elements = [at.lift(source, (*kept[:dim], digit, *kept[dim:])) for digit in digits]
+    return reduce(lambda a, b: call("or" if at.name == "any" else "and", a, b), elements)
 
 
 @_rule("diff")

@@ -137,8 +137,8 @@ def _computed(node: fx.Node, env: Mapping[fx.Node, Any], double: bool) -> Any:
     if node.target is torch.ops.aten.dropout.default:
         return args[0]
     if node.target is torch.ops.attnfuse.attention.default:
-        spec = parse_spec(args[6])
-        args = (*args[:5], None, str(AttentionSpec(spec.program, spec.leaves)), *args[7:])
+        spec = parse_spec(args[7])
+        args = (*args[:5], [], None, str(AttentionSpec(spec.program, spec.leaves)), *args[8:])
     elif name.startswith("scaled_dot_product_attention"):
         args = (*args[:4], 0.0, *args[5:])
         kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}

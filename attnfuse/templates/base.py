@@ -47,7 +47,12 @@ class Tiles(NamedTuple):
 
 
 class Inputs(NamedTuple):
-    """The operands of one call, checked against the spec.  `text` is the spec's text, the key of every cache."""
+    """The operands of one call, checked against the spec.
+
+    Args:
+        text: the spec's text, the key of every cache.
+        tiles: the tile map of rows and of keys (`tile_map.lists_of`), or nothing.
+    """
 
     spec: AttentionSpec
     text: str
@@ -59,6 +64,7 @@ class Inputs(NamedTuple):
     sizes: tuple[int, ...]
     seed: Tensor | None
     out_order: tuple[int, ...]
+    tiles: Sequence[Tensor] = ()
 
 
 class Cotangents(NamedTuple):

@@ -47,7 +47,7 @@ class Blocked:
         for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
-                    rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
+                    rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
                     degenerate.forward(work, rows, out, lse)
                     continue
                 for rows in step.forward(work, run, segment, out, lse):
@@ -70,7 +70,7 @@ class Blocked:
         for run in cover(inputs):
             for segment in run.segments:
                 if segment.empty:
-                    rows = Rows((run.b0, run.b1), (0, inputs.shape.H), (segment.m0, segment.m1))
+                    rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
                     degenerate.backward(work, rows, grads)
                     continue
                 step = flash_step if flash_step.differentiates(grads, run, segment) else plain_step

@@ -1,25 +1,31 @@
-"""Which cells of a call have to be computed: batches, row segments and their key ranges, from the mask and the real data.
+"""Which cells of a call have to be computed: batches, heads, row segments and their keys, from the mask and the real data.
 
 Conditions on (b, n) alone (padding, lengths) become an interval of keys for each batch where their true cells are one run;
-the bounds of `tiles` then give each row a range of keys; rows whose ranges follow one another alike are one `Segment`.  What
-indices and sizes decide is computed once and kept; what leaves decide is looked at in every call.
+the bounds of `tiles` then give each row a range of keys, and so does an equality with a value whose keys are one run
+(documents, blocks); rows whose ranges follow one another alike are one `Segment`.  Where a mask has no such form, a tile map
+says which keys a block of rows looks at.  What indices and sizes decide is computed once and kept; what leaves decide is
+looked at in every call.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnfuse.score import Expr, Var, call, loads
+from attnfuse.score import Call, Expr, Var, call, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.templates import tile_lists
 from attnfuse.templates.base import Inputs
-from attnfuse.templates.evaluate import Block, Evaluator, varies
-from attnfuse.tiles import Bounds, RowRange, bounds, row_range
+from attnfuse.templates.evaluate import Block, Evaluator, Value, named_sizes, varies
+from attnfuse.templates.keys import Keys
+from attnfuse.templates.tile_lists import classes_of, of_kv_heads, together
+from attnfuse.templates.tile_map import classes
+from attnfuse.tiles import Bounds, bounds
 
 # More segments than this, and fewer rows in each than that on average, are not worth telling apart.
 _SEGMENTS: Final = 6
@@ -34,7 +40,7 @@ class Segment(NamedTuple):
     Args:
         first, last: the keys of row m0.
         down, right: by how much first and last grow from row to row, 0 or 1.
-        exact: False where ranges have another form: `Rows.range` bounds them, the mask has the last word, rows may be empty.
+        exact: False where ranges have another form: `Rows.keys` bounds them, the mask has the last word, rows may be empty.
     """
 
     m0: int
@@ -53,33 +59,51 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True, slots=True)
 class Rows:
-    """The bounds that depend on the row: the least and the greatest value of each in each row, [2, M]."""
+    """The keys of each row, as far as ranges and tiles tell them.
 
-    known: Bounds
-    extents: dict[Expr, Tensor]
+    Args:
+        first, last: the least and the greatest value in each row of what bounds its keys, int64 [2, M].
+        lo, hi: keys outside are allowed in no row.
+        loose: whether heads differ in them, or the mask has conditions beside them.
+        asked: whether the mask has to be asked inside of the bounds too.
+        classes: of the tiles of the mask, uint8 [row tiles, key tiles].
+    """
+
+    first: Tensor
+    last: Tensor
     lo: int
     hi: int
-    _ranges: dict[tuple[int, int], RowRange] = field(default_factory=dict)
+    loose: bool
+    asked: bool
+    classes: Tensor | None = None
+    _keys: dict[tuple[int, int], Keys] = field(default_factory=dict)
 
-    def range(self, m0: int, m1: int) -> RowRange:
+    def keys(self, m0: int, m1: int) -> Keys:
         """The keys that rows [m0, m1) look at."""
-        found = self._ranges.get((m0, m1))
+        found = self._keys.get((m0, m1))
         if found is None:
-            found = self._ranges[m0, m1] = self._clipped(row_range(self.known, (m0, m1), self.hi, self._extent))
+            found = self._keys[m0, m1] = self._in_range(m0, m1) if self.classes is None else self._in_tiles(m0, m1)
         return found
 
-    def _extent(self, expr: Expr, rows: tuple[int, int]) -> tuple[int, int]:
-        least, greatest = self.extents[expr][:, rows[0] : rows[1]]
-        return int(least.min()), int(greatest.max())
+    def _in_range(self, m0: int, m1: int) -> Keys:
+        def within(x: Tensor) -> int:
+            return min(max(int(x), self.lo), self.hi)
 
-    def _clipped(self, found: RowRange) -> RowRange:
-        if found.last <= self.lo:
-            return RowRange(0, 0, 0, 0)
-        return RowRange(*(max(x, self.lo) for x in found))
+        first, last = within(self.first[0, m0:m1].min()), within(self.last[1, m0:m1].max())
+        full_first, full_last = within(self.first[1, m0:m1].max()), within(self.last[0, m0:m1].min())
+        if self.asked or full_first >= full_last:
+            full_first = full_last = last
+        return Keys.of_range(first, last, full_first, full_last)
+
+    def _in_tiles(self, m0: int, m1: int) -> Keys:
+        assert self.classes is not None
+        height = tile_lists.TILES.block_m
+        some = together(self.classes[m0 // height : (m1 - 1) // height + 1], 0)
+        return Keys.of_tiles(some.tolist(), tile_lists.TILES.block_n, self.lo, self.hi)
 
 
 class Run(NamedTuple):
-    """Batches [b0, b1) with one cover.
+    """Batches [b0, b1) and heads [h0, h1), whole groups of a KV head, with one cover.
 
     Args:
         lo, hi: keys outside are allowed in no row.
@@ -89,6 +113,8 @@ class Run(NamedTuple):
 
     b0: int
     b1: int
+    h0: int
+    h1: int
     lo: int
     hi: int
     holes: bool
@@ -102,6 +128,22 @@ def columns_of(allowed: Tensor) -> tuple[int, int]:
     return first, last
 
 
+class _Equality(NamedTuple):
+    """`row == key`: integers of which one does not depend on keys, the other not on rows, and none on heads."""
+
+    row: Expr
+    key: Expr
+
+
+def _equality(spec: AttentionSpec, expr: Expr) -> _Equality | None:
+    if not isinstance(expr, Call) or expr.op != "eq" or any(spec.type_of(a) != "int" for a in expr.args):
+        return None
+    for row, key in (expr.args, expr.args[::-1]):
+        if varies(row) <= {"b", "m"} and "n" in varies(key) <= {"b", "n"}:
+            return _Equality(row, key)
+    return None
+
+
 class Mask:
     """The conditions of one spec, sorted by what they depend on."""
 
@@ -112,15 +154,18 @@ class Mask:
         sides = [[e for e in side if varies(e) <= {"b"}] for side in (known.lower, known.upper)]
         self.starts, self.ends = map(tuple, sides)
         self.rows = Bounds(*(tuple(e for e in s if not varies(e) <= {"b"}) for s in (known.lower, known.upper)))
+        self.equal = tuple(pair for e in self.residual if (pair := _equality(spec, e)) is not None)
         moving = (*self.rows.lower, *self.rows.upper)
+        decisive = (*moving, *(e for pair in self.equal for e in pair))
         self.by_batch = any("b" in varies(e) for e in (*moving, *self.residual))
-        self.rows_by_batch = any("b" in varies(e) for e in moving)
-        self.from_indices = not any(loads(e) for e in moving)
+        self.rows_by_batch = any("b" in varies(e) for e in decisive)
+        self.from_indices = not any(loads(e) for e in decisive)
         asked = (*moving, *self.residual)
         self.from_sizes = not any(loads(e) or "b" in varies(e) for e in asked)
         self.padding_of = Evaluator(spec, self.padding)
         self.interval_of = Evaluator(spec, [*self.starts, *self.ends])
         self.rows_of = Evaluator(spec, moving)
+        self.equal_of = Evaluator(spec, [e.row for e in self.equal]), Evaluator(spec, [e.key for e in self.equal])
         n = Var("n")
         edges = [*(call("ge", n, e) for e in self.rows.lower), *(call("lt", n, e) for e in self.rows.upper)]
         self._conditions = {
@@ -152,18 +197,18 @@ def mask_of(text: str) -> Mask:
     return Mask(parse_spec(text))
 
 
-@lru_cache(maxsize=1024)
-def named_sizes(shape: Shape, sizes: tuple[int, ...]) -> dict[str, int]:
-    """Sizes by their names in the score language."""
-    named = {"B": shape.B, "H": shape.H, "Hkv": shape.Hkv, "M": shape.M, "N": shape.N}
-    return named | {f"i{at}": size for at, size in enumerate(sizes)}
-
-
-def block_of(inputs: Inputs, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int]) -> Block:
-    """Cells of a call, for expressions in fp32 (fp64 where q is)."""
+def block_of(
+    inputs: Inputs,
+    b: tuple[int, int],
+    h: tuple[int, int],
+    m: tuple[int, int],
+    n: tuple[int, int],
+    keys: Tensor | None = None,
+) -> Block:
+    """Cells of a call, for expressions in fp32 (fp64 where q is); `keys` as in `Block`."""
     leaves = {leaf.name: x for leaf, x in zip(inputs.spec.leaves, inputs.leaves, strict=True)}
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    return Block(leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype)
+    return Block(leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype, keys)
 
 
 def cover(inputs: Inputs) -> list[Run]:
@@ -179,10 +224,73 @@ def cover(inputs: Inputs) -> list[Run]:
         if mask.from_indices and not mask.rows_by_batch:
             segments, rows = index_rows(inputs.text, shape, inputs.sizes, lo, hi)
         else:
-            block = block_of(inputs, (b0, b1), (0, shape.H), (0, shape.M), (0, 1))
+            block = block_of(inputs, (b0, b1), (0, shape.H), (0, shape.M), (0, shape.N))
             segments, rows = _rows(mask, block, shape, lo, hi)
-        out.append(Run(b0, b1, lo, hi, holes, segments, rows))
+        if holes and not rows.asked:
+            rows = replace(rows, asked=True, _keys={})
+        whole = Run(b0, b1, 0, shape.H, lo, hi, holes, segments, rows)
+        if rows.loose and lo < hi and tile_lists.worth_a_map(shape.M, shape.N):
+            out += _in_tiles(inputs, whole)
+        else:
+            out.append(whole)
     return out
+
+
+def _in_tiles(inputs: Inputs, whole: Run) -> list[Run]:
+    """A run with the tile map of its mask, in parts where heads or batches differ."""
+    shape = inputs.shape
+    if inputs.tiles:
+        kinds = classes_of(inputs.tiles[0])
+        some = kinds[whole.b0 : whole.b1] if len(kinds) > 1 else kinds
+        parts = _parts(some, whole.rows, shape.Hkv)
+    elif mask_of(inputs.text).from_sizes and not whole.holes:
+        parts = _index_parts(inputs.text, shape, inputs.sizes, whole.lo, whole.hi)
+    else:
+        cells = ((whole.b0, whole.b1), (0, shape.H), (0, shape.M), (0, shape.N))
+        kinds = classes(inputs.text, block_of(inputs, *cells), tile_lists.TILES)
+        parts = _parts(kinds, whole.rows, shape.Hkv)
+    group = shape.H // shape.Hkv
+    out = []
+    for (b0, b1), (kv0, kv1), rows in parts:
+        batches = (whole.b0, whole.b1) if b1 == 0 else (whole.b0 + b0, whole.b0 + b1)
+        heads = (0, shape.H) if kv1 == 0 else (kv0 * group, kv1 * group)
+        out.append(whole._replace(b0=batches[0], b1=batches[1], h0=heads[0], h1=heads[1], rows=rows))
+    return out
+
+
+# Batches and KV heads, (0, 0) for all of them, and their keys.
+_Parts = tuple[tuple[tuple[int, int], tuple[int, int], Rows], ...]
+
+
+def _parts(found: Tensor, rows: Rows, kv_heads: int) -> _Parts:
+    """The batches and KV heads whose tiles [b, h, row tiles, key tiles] are of the same classes."""
+    found = of_kv_heads(found.cpu(), kv_heads)
+    return tuple(
+        (b, kv, replace(rows, classes=found[b[0], kv[0]], _keys={}))
+        for b in _alike(found)
+        for kv in _alike(found[b[0]])
+    )
+
+
+def _alike(found: Tensor) -> Iterator[tuple[int, int]]:
+    """Neighbours along the first axis with the same values; (0, 0) where it has one element."""
+    if len(found) == 1:
+        yield 0, 0
+        return
+    start = 0
+    for at in range(1, len(found) + 1):
+        if at == len(found) or not torch.equal(found[at], found[start]):
+            yield start, at
+            start = at
+
+
+@lru_cache(maxsize=64)
+def _index_parts(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> _Parts:
+    """The parts of a run where indices and sizes decide the mask."""
+    cells = ((0, 1), (0, shape.H), (0, shape.M), (0, shape.N))
+    block = Block({}, named_sizes(shape, sizes), cells, torch.device("cpu"), torch.float32)
+    _, rows = index_rows(text, shape, sizes, lo, hi)
+    return _parts(classes(text, block, tile_lists.TILES), rows, shape.Hkv)
 
 
 def _equal(intervals: list[tuple[int, int, bool]], batches: int, *, alone: bool) -> Iterator[tuple[int, int]]:
@@ -243,32 +351,58 @@ def _true_runs(allowed: Tensor) -> list[tuple[int, int, bool]]:
 @lru_cache(maxsize=256)
 def index_rows(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> tuple[tuple[Segment, ...], Rows]:
     """All rows, and their bounds, where indices and sizes decide them within keys [lo, hi)."""
-    ranges = ((0, 1), (0, shape.H), (0, shape.M), (0, 1))
-    block = Block({}, named_sizes(shape, sizes), ranges, torch.device("cpu"), torch.float32)
+    cells = ((0, 1), (0, shape.H), (0, shape.M), (0, shape.N))
+    block = Block({}, named_sizes(shape, sizes), cells, torch.device("cpu"), torch.float32)
     return _rows(mask_of(text), block, shape, lo, hi)
 
 
 def _rows(mask: Mask, block: Block, shape: Shape, lo: int, hi: int) -> tuple[tuple[Segment, ...], Rows]:
-    extents = {}
-    exact = not mask.residual
-    for expr, value in zip((*mask.rows.lower, *mask.rows.upper), mask.rows_of(block), strict=True):
-        x = value if isinstance(value, Tensor) else torch.full((1, 1, 1, 1), int(value))
-        x = x.expand(-1, -1, shape.M, -1).transpose(0, 2).flatten(1)
-        exact = exact and x.shape[1] == 1
-        extents[expr] = torch.stack((x.amin(1), x.amax(1))).cpu()
-    rows = Rows(mask.rows, extents, lo, hi)
-    general = (Segment(0, shape.M, lo, hi, 0, 0, exact=False),)
+    b, h, m, n = block.ranges
+    beside = block.part((b, h, m, (0, 1)))
+    bounds_of_rows = [_by_row(value, shape.M) for value in mask.rows_of(beside)]
+    lower, upper = bounds_of_rows[: len(mask.rows.lower)], bounds_of_rows[len(mask.rows.lower) :]
+    left = len(mask.residual)
+    sides = mask.equal_of[0](beside), mask.equal_of[1](block.part((b, h, (0, 1), n)))
+    for of_row, of_key in zip(*sides, strict=True):
+        ends = _run_of_keys(_by_row(of_row, shape.M), _by_row(of_key, shape.N))
+        if ends is not None:
+            lower, upper, left = [*lower, ends[0]], [*upper, ends[1]], left - 1
+    first, last = torch.full((2, shape.M), lo), torch.full((2, shape.M), hi)
+    for x in lower:
+        first = torch.maximum(first, torch.stack(x.aminmax(dim=1)))
+    for x in upper:
+        last = torch.minimum(last, torch.stack(x.aminmax(dim=1)))
+    loose = left > 0 or any(x.shape[1] > 1 for x in (*lower, *upper))
+    rows = Rows(first, last, lo, hi, loose=loose, asked=left > 0)
     if lo >= hi:
         return (Segment(0, shape.M, 0, 0, 0, 0),), rows
-    if not exact:
+    general = (Segment(0, shape.M, lo, hi, 0, 0, exact=False),)
+    if loose:
         return general, rows
-    first = torch.full((shape.M,), lo)
-    last = torch.full((shape.M,), hi)
-    for expr in mask.rows.lower:
-        first = torch.maximum(first, extents[expr][0])
-    for expr in mask.rows.upper:
-        last = torch.minimum(last, extents[expr][0])
-    return _segments(first.clamp_(max=hi), last.clamp_(min=lo)) or general, rows
+    return _segments(first[0].clamp(max=hi), last[0].clamp(min=lo)) or general, rows
+
+
+def _by_row(value: Value, length: int) -> Tensor:
+    """Values for each row, or key, and what else they depend on: int64 [rows, others], on the CPU."""
+    x = value if isinstance(value, Tensor) else torch.full((1, 1, 1, 1), int(value))
+    x = x.flatten(2)
+    return x.expand(-1, -1, length).permute(2, 0, 1).flatten(1).cpu()
+
+
+def _run_of_keys(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
+    """For each row the run of keys [rows, 1] that have its value, 0 to 0 if none has; None where a value has several runs."""
+    if rows.shape[1] > 1 or keys.shape[1] > 1:
+        return None
+    rows, keys = rows[:, 0].contiguous(), keys[:, 0]
+    values, counts = torch.unique_consecutive(keys, return_counts=True)
+    ordered, order = values.sort()
+    if bool((ordered[1:] == ordered[:-1]).any()):
+        return None
+    ends = counts.cumsum(0)
+    at = torch.searchsorted(ordered, rows).clamp_(max=len(ordered) - 1)
+    found = ordered[at] == rows
+    run = order[at]
+    return (ends - counts)[run].where(found, 0)[:, None], ends[run].where(found, 0)[:, None]
 
 
 def _segments(first: Tensor, last: Tensor) -> tuple[Segment, ...] | None:

@@ -13,36 +13,56 @@ from __future__ import annotations
 import operator
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Final
 
 import torch
 from torch import Tensor
 
 from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Var, free_vars
-from attnfuse.spec import AttentionSpec
+from attnfuse.spec import AttentionSpec, Shape
 
 Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
 
 _DIMS: Final = {"b": 0, "h": 1, "m": 2, "n": 3}
 
 
+Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+
+
 class Block:
-    """The cells [b0, b1) × [h0, h1) × [m0, m1) × [n0, n1) of one call."""
+    """The cells [b0, b1) × [h0, h1) × [m0, m1) × [n0, n1) of one call.
+
+    Args:
+        keys: where not all keys of [n0, n1) are meant, those that are, int64, ascending.
+    """
 
     def __init__(
         self,
         leaves: Mapping[str, Tensor],
         sizes: Mapping[str, int],
-        ranges: tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]],
+        ranges: Ranges,
         device: torch.device,
         dtype: torch.dtype,
+        keys: Tensor | None = None,
     ) -> None:
         self.leaves = leaves
         self.sizes = sizes
         self.ranges = ranges
         self.device = device
         self.dtype = dtype
-        self._indices: list[Tensor | None] = [None] * 4
+        self.keys = keys
+        self._indices: list[Tensor | None] = [None, None, None, None if keys is None else keys.view(1, 1, 1, -1)]
+
+    def part(self, ranges: Ranges) -> Block:
+        """Other cells of the same call."""
+        return Block(self.leaves, self.sizes, ranges, self.device, self.dtype)
+
+    @property
+    def shape(self) -> tuple[int, int, int, int]:
+        """How many batches, heads, rows and keys."""
+        b, h, m, n = (last - first for first, last in self.ranges)
+        return b, h, m, n if self.keys is None else len(self.keys)
 
     def index(self, dim: int) -> Tensor:
         """The index vector of one axis, int64, shaped to broadcast."""
@@ -167,7 +187,9 @@ def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Val
             first, last = block.ranges[dim]
             if last > x.shape[at]:
                 return _read(block, leaf, kind, *(block.index(dim) for dim in dims))
-            if last - first < x.shape[at]:
+            if dim == 3 and block.keys is not None:
+                x = x.index_select(at, block.keys)
+            elif last - first < x.shape[at]:
                 x = x.narrow(at, first, last - first)
         x = x if in_order else x.permute(order)
         return _element(x[placed], block, kind)
@@ -339,3 +361,10 @@ def _integer_division(function: Callable[..., Value], a: Value, b: Value) -> Val
 def varies(expr: Expr) -> frozenset[str]:
     """The index variables that `expr` depends on."""
     return free_vars(expr) & frozenset(_DIMS)
+
+
+@lru_cache(maxsize=1024)
+def named_sizes(shape: Shape, sizes: tuple[int, ...]) -> dict[str, int]:
+    """Sizes by their names in the score language."""
+    named = {"B": shape.B, "H": shape.H, "Hkv": shape.Hkv, "M": shape.M, "N": shape.N}
+    return named | {f"i{at}": size for at, size in enumerate(sizes)}

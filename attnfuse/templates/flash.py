@@ -197,6 +197,7 @@ def _attend(
             read["V"] = described(inputs.v, config.block_n, depth_v)
         group = 1 if packed else call.group
         swizzle = call.swizzle(shape.N * (shape.D + shape.Dv) * call.itemsize, heads, group)
+        found = call.tile_map("rows", packed=packed)
         return {
             **read,
             "Out": out,
@@ -208,7 +209,8 @@ def _attend(
             "swizzle": swizzle,
             **call.score,
             **call.mask,
-            "RESIDUAL": functions.residual,
+            # full tiles of a map are full in every respect
+            "RESIDUAL": functions.residual if found["MAP"] is None else None,
             "KEYS": functions.keys,
             "SINK": functions.sink,
             **zero,
@@ -216,8 +218,9 @@ def _attend(
             "KEEP": call.keep,
             "PACKED": packed,
             "SPLIT": parts > 1,
+            **found,
             "TMA": tma,
-            "TAIL": bool(shape.N % config.block_n),
+            "TAIL": bool(shape.N % (found["MAP"] or config.block_n)),
             **call.precision,
             **call.of_q,
             **call.of_v,

@@ -161,6 +161,7 @@ class _Backward:
 
         def arguments(config: Config) -> dict[str, Any]:
             read = {**call.operands, **self.gradient}
+            found = call.tile_map("keys")
             if tma:
                 read["Q"] = described(call.inputs.q, config.block_m, call.of_q["BLOCK_D"])
                 read["Dout"] = described(self.dout, config.block_m, call.of_v["BLOCK_DV"])
@@ -175,12 +176,13 @@ class _Backward:
                 **call.score,
                 **self.slope,
                 **call.mask,
-                "RESIDUAL": functions.row_residual,
+                "RESIDUAL": functions.row_residual if found["MAP"] is None else None,
                 "ROWS": functions.rows,
+                **found,
                 **call.dropout,
                 **self.keep,
                 "TMA": tma,
-                "TAIL": bool(shape.M % config.block_m),
+                "TAIL": bool(shape.M % (found["MAP"] or config.block_m)),
                 **call.precision,
                 **call.of_q,
                 **call.of_v,
@@ -197,6 +199,7 @@ class _Backward:
 
         def arguments(config: Config) -> dict[str, Any]:
             read = {**call.operands, **self.gradient}
+            found = call.tile_map("rows")
             if tma:
                 read["K"] = described(call.inputs.k, config.block_n, call.of_q["BLOCK_D"])
                 read["V"] = described(call.inputs.v, config.block_n, call.of_v["BLOCK_DV"])
@@ -209,12 +212,13 @@ class _Backward:
                 **call.score,
                 **self.slope,
                 **call.mask,
-                "RESIDUAL": functions.residual,
+                "RESIDUAL": functions.residual if found["MAP"] is None else None,
                 "KEYS": functions.keys,
+                **found,
                 **call.dropout,
                 **self.keep,
                 "TMA": tma,
-                "TAIL": bool(shape.N % config.block_n),
+                "TAIL": bool(shape.N % (found["MAP"] or config.block_n)),
                 **call.precision,
                 **call.of_q,
                 **call.of_v,

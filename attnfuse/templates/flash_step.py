@@ -8,7 +8,7 @@ one square, all its keys being real ones, is handed to the kernel as it is (`dir
 from __future__ import annotations
 
 from collections.abc import Iterator
-from functools import cache, lru_cache
+from functools import cache, lru_cache, reduce
 from typing import Final, NamedTuple
 
 import torch
@@ -17,8 +17,9 @@ from torch import Tensor
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of, named_sizes
-from attnfuse.templates.evaluate import Evaluator, varies
+from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
+from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
+from attnfuse.templates.keys import Keys
 from attnfuse.templates.plain_step import Rows
 from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 
@@ -87,7 +88,7 @@ def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     if plan is None or plan.bias is None:
         return plan is not None
     # a row without a key that a fill of `min` makes uniform is not the kernel's, but lse alone does not tell it from others
-    lse = grads.lse[run.b0 : run.b1, :, segment.m0 : segment.m1]
+    lse = grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1]
     most = lse.masked_fill(lse == -torch.inf, 0.0).abs().max()
     return bool(most <= (_LSE_MOST if grads.out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
 
@@ -115,9 +116,9 @@ def _spans(segment: Segment, scale: float) -> tuple[_Span, ...] | None:
 
 
 class _Part(NamedTuple):
-    """One call of the kernel; `mask` [b, h, m, n] is added to the scores."""
+    """One call of the kernel; `mask` [b, h, m, keys] is added to the scores."""
 
-    n: tuple[int, int]
+    keys: Keys
     causal: bool = False
     mask: Tensor | None = None
 
@@ -140,49 +141,69 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Gr
     rows = (segment.m0, segment.m1)
     spans = _spans(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
-        yield _Group(rows, tuple(_Part((n0, n1), causal) for n0, n1, causal in spans))
+        yield _Group(rows, tuple(_Part(Keys([(n0, n1)], []), causal) for n0, n1, causal in spans))
         return
     if spans is not None and len(spans) == 1 and not plan.bias_by_row and (not run.holes or segment.first == run.lo):
         # one mask for all rows; the first key of a batch's interval is allowed, so that no row is empty
         n0, n1, causal = spans[0]
-        yield _masked(work, run, plan, rows, _Part((n0, n1), causal), edge=False, may_be_empty=False)
+        keys = Keys([(n0, n1)], [(n0, n1)] * run.holes)
+        yield _masked(work, run, plan, rows, keys, causal=causal, edge=False, may_be_empty=False)
         return
     for m0 in range(*rows, _ROWS):
         block = (m0, min(m0 + _ROWS, segment.m1))
-        first, last, full_first, full_last = run.rows.range(*block)
-        if first >= last:
+        keys = run.rows.keys(*block)
+        if not keys.count:
             yield _Group(block, ())
             continue
-        edge = (first, last) != (full_first, full_last)
         may_be_empty = run.holes or not segment.exact
-        yield _masked(work, run, plan, block, _Part((first, last)), edge=edge, may_be_empty=may_be_empty)
+        yield _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
 
 
 def _masked(
-    work: Work, run: Run, plan: _Plan, rows: tuple[int, int], part: _Part, *, edge: bool, may_be_empty: bool
+    work: Work,
+    run: Run,
+    plan: _Plan,
+    rows: tuple[int, int],
+    keys: Keys,
+    *,
+    causal: bool,
+    edge: bool,
+    may_be_empty: bool,
 ) -> _Group:
-    shape = (run.b1 - run.b0, work.shape.H, rows[1] - rows[0])
-    m = rows if edge or plan.bias_by_row or work.mask.residual else (rows[0], rows[0] + 1)
-    block = work.block((run.b0, run.b1), (0, work.shape.H), m, part.n)
-    allowed = work.mask.allowed(block, edge=edge, holes=run.holes)
+    batches, heads = (run.b0, run.b1), (run.h0, run.h1)
+    shape = (run.b1 - run.b0, run.h1 - run.h0, rows[1] - rows[0])
+    asked = rows if edge or work.mask.residual else (rows[0], rows[0] + 1)
+    found = [
+        (part, work.mask.allowed(work.block(batches, heads, asked, part), edge=edge, holes=run.holes))
+        for part in keys.masked
+    ]
+    pieces = [(keys.columns(part), allowed) for part, allowed in found if allowed is not None]
+    if plan.bias is None and not pieces:
+        return _Group(rows, (_Part(keys, causal),))
     empty = dead = None
-    mask = torch.zeros((1, 1, 1, 1), dtype=work.dtype)
-    if plan.bias is not None:
-        mask = tensor_of(plan.bias(block)[0], work.dtype)
-    if allowed is not None:
-        mask = mask.masked_fill(~allowed, -torch.inf)
-    elif plan.bias is None:
-        return _Group(rows, (part,))
-    n = part.n
-    if may_be_empty and allowed is not None:
-        empty = _where(~allowed.any(-1), shape)
-        c0, c1 = columns_of(allowed.expand(-1, -1, -1, n[1] - n[0]))
+    if may_be_empty and pieces and sum(c1 - c0 for (c0, c1), _ in pieces) == keys.count:
+        some = reduce(torch.logical_or, (allowed.any(-1) for _, allowed in pieces))
+        empty = _where(~some, shape)
+    if plan.bias is None:
+        dims = [max(allowed.shape[dim] for _, allowed in pieces) for dim in range(3)]
+        mask = torch.zeros((*dims, keys.count), dtype=work.dtype)
+    else:
+        m = rows if plan.bias_by_row else (rows[0], rows[0] + 1)
+        value = plan.bias(work.block(batches, heads, m, keys.hull, keys.indices))[0]
+        mask = tensor_of(value, work.dtype)
+        dims = [max(x.shape[dim] for x in (mask, *(allowed for _, allowed in pieces))) for dim in range(3)]
+        mask = mask.expand(*dims, keys.count)
+        mask = mask.clone() if pieces else mask
+    for (c0, c1), allowed in pieces:
+        mask[..., c0:c1].masked_fill_(~allowed, -torch.inf)
+    if keys.masked == keys.spans and len(pieces) == 1 and may_be_empty:
+        c0, c1 = columns_of(pieces[0][1].expand(-1, -1, -1, keys.count))
         if c0 == c1:
             return _Group(rows, ())
-        n, mask = (n[0] + c0, n[0] + c1), mask.expand(-1, -1, -1, n[1] - n[0])[..., c0:c1]
+        keys, mask = keys.without_ends(c0, c1), mask[..., c0:c1]
     if plan.bias is not None:
         dead = _where(mask.amax(-1) == -torch.inf, shape)
-    return _Group(rows, (_Part(n, part.causal, mask.expand(*shape, n[1] - n[0])),), empty, dead)
+    return _Group(rows, (_Part(keys, causal, mask.expand(*shape, keys.count)),), empty, dead)
 
 
 def _where(rows: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
@@ -194,36 +215,41 @@ def _unit_stride(x: Tensor) -> Tensor:
     return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
 
 
+def _axes(work: Work, run: Run) -> tuple[int, int, int, int, int, int]:
+    """The batches, heads and KV heads of a run."""
+    return run.b0, run.b1, run.h0, run.h1, run.h0 // work.group, run.h1 // work.group
+
+
 def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) -> Iterator[Rows]:
     """Writes the rows of a segment; yields those that turn out to have no key."""
     inputs = work.inputs
     plan = plan_for(inputs)
     assert plan is not None
-    b0, b1 = run.b0, run.b1
+    b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
     for (m0, m1), parts, empty, dead in _groups(work, run, segment, plan):
         if not parts:
-            yield Rows((b0, b1), (0, work.shape.H), (m0, m1))
+            yield Rows((b0, b1), (h0, h1), (m0, m1))
             continue
-        q = _unit_stride(inputs.q[b0:b1, :, m0:m1])
+        q = _unit_stride(inputs.q[b0:b1, h0:h1, m0:m1])
         results = [
             _FORWARD(
                 q,
-                _unit_stride(inputs.k[b0:b1, :, n0:n1]),
-                _unit_stride(inputs.v[b0:b1, :, n0:n1]),
+                _unit_stride(keys.of(inputs.k[b0:b1, kv0:kv1])),
+                _unit_stride(keys.of(inputs.v[b0:b1, kv0:kv1])),
                 0.0,
                 causal,
                 attn_mask=mask,
                 scale=plan.scale,
             )
-            for (n0, n1), causal, mask in parts
+            for keys, causal, mask in parts
         ]
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         if dead is not None:
             values, sums = values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
-        out[b0:b1, :, m0:m1] = values
-        lse[b0:b1, :, m0:m1] = sums
+        out[b0:b1, h0:h1, m0:m1] = values
+        lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
-            yield Rows((b0, b1), (0, work.shape.H), (m0, m1), empty)
+            yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
 
 
 def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -237,28 +263,28 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     inputs = work.inputs
     plan = plan_for(inputs)
     assert plan is not None
-    b0, b1 = run.b0, run.b1
+    b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
     for (m0, m1), parts, empty, _ in _groups(work, run, segment, plan):
-        rows = Rows((b0, b1), (0, work.shape.H), (m0, m1), empty)
+        rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:
             yield rows
             continue
-        q, dout, out, lse = (x[b0:b1, :, m0:m1] for x in (inputs.q, grads.dout, grads.out, grads.row_lse))
+        q, dout, out, lse = (x[b0:b1, h0:h1, m0:m1] for x in (inputs.q, grads.dout, grads.out, grads.row_lse))
         if empty is not None:
             # no weight in this pass, and no NaN
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
         q, dout, out = map(_unit_stride, (q, dout, out))
         dqs: list[Tensor] = []
-        for (n0, n1), causal, mask in parts:
-            k, v = (_unit_stride(x[b0:b1, :, n0:n1]) for x in (inputs.k, inputs.v))
+        for keys, causal, mask in parts:
+            k, v = (_unit_stride(keys.of(x[b0:b1, kv0:kv1])) for x in (inputs.k, inputs.v))
             dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=plan.scale)
             dqs.append(dq)
             if grads.dk is not None:
-                grads.dk[b0:b1, :, n0:n1] += dk
+                keys.add(grads.dk[b0:b1, kv0:kv1], dk)
             if grads.dv is not None:
-                grads.dv[b0:b1, :, n0:n1] += dv
+                keys.add(grads.dv[b0:b1, kv0:kv1], dv)
         if grads.dq is not None:
-            grads.dq[b0:b1, :, m0:m1] = dqs[0] if len(dqs) == 1 else sum(dq.to(work.dtype) for dq in dqs)
+            grads.dq[b0:b1, h0:h1, m0:m1] = dqs[0] if len(dqs) == 1 else sum(dq.to(work.dtype) for dq in dqs)
         if empty is not None:
             yield rows
 

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from attnfuse.score import Const, Expr, loads, walk
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import dropout, tuning
+from attnfuse.templates import dropout, tile_lists, tuning
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.score_function import Functions, LeafForm, Limits, functions_for, scale_of
 from attnfuse.templates.tuning import Config
@@ -160,6 +160,7 @@ class Call:
         self.depth = max(power_of_two(shape.D), power_of_two(shape.Dv))
         self.itemsize = max(inputs.q.element_size(), inputs.v.element_size())
         self.seed = inputs.seed if p else None
+        self._found: tuple[Tensor, ...] | None = None
         self.mask = {"ALLOWED": functions.allowed}
         self.score = {"SCALE": functions.scale, "SCORE": functions.score}
         self.sizes_and_leaves = {
@@ -179,6 +180,33 @@ class Call:
             "KS": inputs.k.stride(),
             "VS": inputs.v.stride(),
         }
+
+    def tile_map(self, of: str, *, packed: bool = False) -> dict[str, Any]:
+        """The tile map as kernels take it, its lists of `rows` or of `keys`; its tiles are multiples of theirs.
+
+        Args:
+            packed: for the query heads of a KV head together.
+        """
+        lists = self._lists(packed)
+        if lists is None:
+            return {"Map": None, "MS": (0, 0, 0), "MAP": None}
+        found = lists[of == "keys"]
+        # what does not vary has one list for all
+        strides = [stride if size > 1 else 0 for size, stride in zip(found.shape[:2], found.stride()[:2], strict=True)]
+        width = tile_lists.TILES.block_n if of == "rows" else tile_lists.TILES.block_m
+        return {"Map": found, "MS": (*strides, found.stride(2)), "MAP": width}
+
+    def _lists(self, packed: bool) -> tuple[Tensor, ...] | None:
+        shape, inputs = self.shape, self.inputs
+        if not tile_lists.has_no_ranges(inputs.spec) or not tile_lists.worth_a_map(shape.M, shape.N):
+            return None
+        lists = self._found or tuple(inputs.tiles) or None
+        if lists is None and not tile_lists.reads_leaves(inputs.spec):
+            lists = _index_lists(tile_lists.mask_text(inputs.text), inputs.sizes, shape[:5], self.device)
+        elif lists is None:
+            lists = tile_lists.lists_of(inputs.text, inputs.leaves, inputs.sizes, shape[:5], self.device)
+        self._found = lists
+        return tile_lists.of_groups(lists, shape.Hkv) if packed else lists
 
     def pick(self, *names: str) -> dict[str, Any]:
         """Some of the operands."""
@@ -249,6 +277,13 @@ class Call:
 _first_config: dict[tuple[Any, ...], int] = {}
 # Where tensor descriptors are hardware; the interpreter takes both ways.
 _DESCRIPTORS: Final = ("sm_90", "sm_100", "sm_103", "interpreter")
+
+
+@lru_cache(maxsize=64)
+def _index_lists(
+    text: str, sizes: tuple[int, ...], shape: tuple[int, ...], device: torch.device
+) -> tuple[Tensor, Tensor]:
+    return tile_lists.lists_of(text, (), sizes, shape, device)
 
 
 def _on(device: torch.device) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnfuse.spec import Shape
 from attnfuse.templates.cover import Run, Segment, columns_of
 from attnfuse.templates.evaluate import Value
+from attnfuse.templates.keys import Keys
 from attnfuse.templates.work import BLOCK_CELLS, Gradients, Work, slopes_of, tensor_of
 
 
@@ -24,13 +25,13 @@ class Rows(NamedTuple):
 
 
 class _Tile(NamedTuple):
-    """Whole KV groups of some batches, a block of rows, its keys; `masks` are columns with their allowed cells."""
+    """Whole KV groups of some batches, a block of rows, its keys; `masks` are columns of them with their allowed cells."""
 
     b: tuple[int, int]
     kv: tuple[int, int]
     h: tuple[int, int]
     m: tuple[int, int]
-    n: tuple[int, int]
+    keys: Keys
     masks: tuple[tuple[int, int, Tensor], ...]
 
 
@@ -43,35 +44,32 @@ def rows_of_block(shape: Shape) -> int:
 def _tiles(work: Work, run: Run, segment: Segment) -> Iterator[_Tile]:
     shape, group = work.shape, work.group
     height = rows_of_block(shape)
+    kv0, kv1 = run.h0 // group, run.h1 // group
     for m0 in range(segment.m0, segment.m1, height):
         rows = (m0, min(m0 + height, segment.m1))
         keys, masks = _keys(work, run, rows)
-        cells = group * (rows[1] - m0) * max(1, keys[1] - keys[0])
-        heads = max(1, min(shape.Hkv, BLOCK_CELLS // cells))
-        batches = max(1, BLOCK_CELLS // (cells * shape.Hkv))
+        cells = group * (rows[1] - m0) * max(1, keys.count)
+        heads = max(1, min(kv1 - kv0, BLOCK_CELLS // cells))
+        batches = max(1, BLOCK_CELLS // (cells * (kv1 - kv0)))
         for b in range(run.b0, run.b1, batches):
             some = (b, min(b + batches, run.b1))
-            for kv in range(0, shape.Hkv, heads):
-                end = min(kv + heads, shape.Hkv)
+            for kv in range(kv0, kv1, heads):
+                end = min(kv + heads, kv1)
                 whole = (kv * group, end * group)
-                parts = [(c0, c1, _part(x, (b - run.b0, some[1] - run.b0), whole)) for c0, c1, x in masks]
+                within = (b - run.b0, some[1] - run.b0), (whole[0] - run.h0, whole[1] - run.h0)
+                parts = [(c0, c1, _part(x, *within)) for c0, c1, x in masks]
                 yield _Tile(some, (kv, end), whole, rows, keys, tuple(parts))
 
 
-def _keys(work: Work, run: Run, rows: tuple[int, int]) -> tuple[tuple[int, int], list[tuple[int, int, Tensor]]]:
-    """The keys that a block of rows needs, and the columns, counted from the first key, in which some are not allowed."""
-    first, last, full_first, full_last = run.rows.range(*rows)
-    b, h = (run.b0, run.b1), (0, work.shape.H)
-    if not run.holes and not work.mask.residual:
-        edges = [(c0, c1) for c0, c1 in ((first, full_first), (full_last, last)) if c0 < c1]
-        found = [(c0 - first, c1 - first, work.allowed(b, h, rows, (c0, c1), holes=False)) for c0, c1 in edges]
-        return (first, last), [(c0, c1, x) for c0, c1, x in found if x is not None]
-    allowed = work.allowed(b, h, rows, (first, last), run.holes) if first < last else None
-    if allowed is None:
-        return (first, last), []
-    allowed = allowed.expand(-1, -1, -1, last - first)
-    c0, c1 = columns_of(allowed)
-    return (first + c0, first + c1), [(0, c1 - c0, allowed[..., c0:c1])]
+def _keys(work: Work, run: Run, rows: tuple[int, int]) -> tuple[Keys, list[tuple[int, int, Tensor]]]:
+    """The keys that a block of rows needs, and the columns of them in which some cells are not allowed."""
+    keys = run.rows.keys(*rows)
+    found = [(part, work.allowed((run.b0, run.b1), (run.h0, run.h1), rows, part, run.holes)) for part in keys.masked]
+    if len(keys.spans) == 1 and keys.masked == keys.spans and found[0][1] is not None:
+        allowed = found[0][1].expand(-1, -1, -1, keys.count)
+        c0, c1 = columns_of(allowed)
+        return keys.without_ends(c0, c1), [(0, c1 - c0, allowed[..., c0:c1])] * (c0 < c1)
+    return keys, [(*keys.columns(part), x) for part, x in found if x is not None]
 
 
 def _part(x: Tensor, b: tuple[int, int], h: tuple[int, int]) -> Tensor:
@@ -91,17 +89,17 @@ class _Scores:
 
     def __init__(self, work: Work, run: Run, tile: _Tile, may_be_empty: bool) -> None:
         inputs = work.inputs
-        (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), (n0, n1), _ = tile
+        (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), keys, _ = tile
         self.kv_heads = kv1 - kv0
-        self.shape = (b1 - b0, h1 - h0, m1 - m0, n1 - n0)
+        self.shape = (b1 - b0, h1 - h0, m1 - m0, keys.count)
         self.q = folded(inputs.q[b0:b1, h0:h1, m0:m1].to(work.dtype), self.kv_heads)
-        self.k = work.k[b0:b1, kv0:kv1, n0:n1].flatten(0, 1)
-        self.v = work.v[b0:b1, kv0:kv1, n0:n1].flatten(0, 1)
-        self.block = work.block(tile.b, tile.h, tile.m, tile.n)
+        self.k = keys.of(work.k[b0:b1, kv0:kv1]).flatten(0, 1)
+        self.v = keys.of(work.v[b0:b1, kv0:kv1]).flatten(0, 1)
+        self.block = work.block(tile.b, tile.h, tile.m, keys.hull, keys.indices)
         self.raw = torch.bmm(self.q, self.k.mT).view(self.shape)
         self.masked = [(c0, c1, ~allowed) for c0, c1, allowed in tile.masks]
         self.empty: Tensor | None = None
-        if may_be_empty and sum(c1 - c0 for c0, c1, _ in tile.masks) == n1 - n0:
+        if may_be_empty and sum(c1 - c0 for c0, c1, _ in tile.masks) == keys.count:
             some = torch.zeros((1, 1, 1), dtype=torch.bool)
             for _, _, allowed in tile.masks:
                 some = some | allowed.any(-1)
@@ -131,8 +129,8 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     """Writes the rows of a segment; yields those that turn out to have no key."""
     may_be_empty = run.holes or not segment.exact
     for tile in _tiles(work, run, segment):
-        (b0, b1), _, (h0, h1), (m0, m1), (n0, n1), _ = tile
-        if n0 >= n1:
+        (b0, b1), _, (h0, h1), (m0, m1), keys, _ = tile
+        if not keys.count:
             yield Rows(tile.b, tile.h, tile.m)
             continue
         scores = _Scores(work, run, tile, may_be_empty)
@@ -156,7 +154,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     """Adds what the rows of a segment give to the gradients; yields those that turn out to have no key."""
     may_be_empty = run.holes or not segment.exact
     for tile in _tiles(work, run, segment):
-        if tile.n[0] >= tile.n[1]:
+        if not tile.keys.count:
             yield Rows(tile.b, tile.h, tile.m)
             continue
         scores = _Scores(work, run, tile, may_be_empty)
@@ -166,7 +164,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
 
 
 def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> None:
-    (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), (n0, n1), _ = tile
+    (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), keys, _ = tile
     slopes = slopes_of(work.inputs.text, grads.from_body)
     body, by_s, *by_load = slopes.values(scores.block, scores.raw)
     x = scores.fill(scores.writable(body, by_s, *by_load), -torch.inf)
@@ -186,7 +184,7 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
     dropped = work.dropped(scores.block) if work.dropout else None
     if grads.dv is not None:
         kept = weights if dropped is None else weights.masked_fill(dropped, 0.0).mul_(1 / (1 - work.dropout))
-        add_product(grads.dv[b0:b1, kv0:kv1, n0:n1], scores.matrices(kept).mT, dout)
+        _add_to_keys(grads.dv[b0:b1, kv0:kv1], keys, scores.matrices(kept).mT, dout)
     if not grads.scores_needed:
         return
     dx = torch.bmm(dout, scores.v.mT).view(scores.shape)
@@ -207,7 +205,15 @@ def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> Non
     if grads.dq is not None:
         grads.dq[b0:b1, h0:h1, m0:m1] = torch.bmm(ds, scores.k).mul_(by_s).view(*scores.shape[:3], work.shape.D)
     if grads.dk is not None:
-        add_product(grads.dk[b0:b1, kv0:kv1, n0:n1], ds.mT, scores.q, by_s)
+        _add_to_keys(grads.dk[b0:b1, kv0:kv1], keys, ds.mT, scores.q, by_s)
+
+
+def _add_to_keys(total: Tensor, keys: Keys, a: Tensor, b: Tensor, factor: float = 1.0) -> None:
+    """Adds the products of two batches of matrices to the part of `total` [b, kv, N, d] that belongs to some keys."""
+    if len(keys.spans) == 1:
+        add_product(keys.of(total), a, b, factor)
+    else:
+        keys.add(total, torch.bmm(a, b).mul_(factor).view(*total.shape[:2], keys.count, -1))
 
 
 def add_product(total: Tensor, a: Tensor, b: Tensor, factor: float = 1.0) -> None:

@@ -36,7 +36,7 @@ from attnfuse.score import (
 )
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.affine import affine, constant
-from attnfuse.templates.cover import named_sizes
+from attnfuse.templates.evaluate import named_sizes
 from attnfuse.tiles import Bounds, Env, Range, bounds, interval, row_bounds
 
 _INT32: Final = (-(2**31), 2**31 - 1)

@@ -14,8 +14,8 @@ from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import dropout
 from attnfuse.templates.affine import Affine, affine
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Mask, block_of, mask_of, named_sizes
-from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped
+from attnfuse.templates.cover import Mask, block_of, mask_of
+from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped, named_sizes
 
 # Scores of a block: what keeps it and its temporaries in the caches of one or two cores.
 BLOCK_CELLS: Final = 1 << 20
@@ -122,9 +122,11 @@ class Work:
             self._sink = tensor_of(value, self.dtype).expand(B, H, M, 1)[..., 0]
         return self._sink
 
-    def block(self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int]) -> Block:
-        """Cells of this call."""
-        return block_of(self.inputs, b, h, m, n)
+    def block(
+        self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int], keys: Tensor | None = None
+    ) -> Block:
+        """Cells of this call; `keys` as in `Block`."""
+        return block_of(self.inputs, b, h, m, n, keys)
 
     def allowed(
         self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int], holes: bool
@@ -183,7 +185,8 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
         grad: for each cell, [b, h, m, n]; summed already along an axis of size 1 that the load does not depend on.
     """
     dims = axes_of(load)
-    if dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True)):
+    inside = dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True))
+    if dims is not None and inside and (block.keys is None or 3 not in dims):
         missing = [d for d in range(4) if d not in dims]
         if missing:
             grad = grad.sum(missing, keepdim=True)

@@ -21,6 +21,7 @@ from attnfuse.templates.kernels.tile import (
     row_hash,
     store_tile,
     tile_count,
+    tile_list,
     visited,
 )
 
@@ -115,7 +116,7 @@ def row_norms(
     wanted = tl.abs(lse) > MOST
     norm = tl.full([BLOCK_M], 1.0, tl.float32)
     if tl.max(wanted.to(tl.int32), 0) > 0:
-        lo, _full, _full_stop, hi = visited(KEYS, b, h, m, N, Z, L, BLOCK_N)
+        lo, _full, _full_stop, hi = visited(KEYS, None, None, b, h, m, N, Z, L, BLOCK_N)
         q = pointer_tile(base(Q, b, h, QS), m, QS, D, BLOCK_D)
         keys = base(K, b, h // (H // Hkv), KS)
         total = tl.zeros([BLOCK_M], tl.float32)
@@ -201,6 +202,7 @@ def _over_rows(
     lo,
     full_lo,
     full_hi,
+    tiles,
     count,
     QS,
     DS,
@@ -215,6 +217,7 @@ def _over_rows(
     THRESHOLD: tl.constexpr,
     KEEP: tl.constexpr,
     FULL: tl.constexpr,
+    MAP: tl.constexpr,
     TMA: tl.constexpr,
     TAIL: tl.constexpr,
     WANTS_K: tl.constexpr,
@@ -229,7 +232,7 @@ def _over_rows(
     H, M = Z[1], Z[3]
     at_row = (tl.cast(b, tl.int64) * H + h) * M
     for i in tl.range(0, count):
-        m0 = nth_tile(i, lo, full_lo, full_hi, FULL) * BLOCK_M
+        m0 = nth_tile(i, lo, full_lo, full_hi, tiles, MAP, BLOCK_M, FULL) * BLOCK_M
         row = m0 + tl.arange(0, BLOCK_M)
         m = row
         if TAIL:
@@ -279,12 +282,14 @@ def gradient_of_keys(
     Dk,
     Dv,
     Seed,
+    Map,
     QS,
     KS,
     VS,
     DS,
     DKS,
     DVS,
+    MS,
     Z,
     L,
     key_tiles,
@@ -296,6 +301,7 @@ def gradient_of_keys(
     ALLOWED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     ROWS: tl.constexpr,
+    MAP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -315,6 +321,7 @@ def gradient_of_keys(
 
     Args:
         FACTOR: the slope of the score by s where it is one number, else 1.
+        Map, MS, MAP: the tile map of keys, its strides and the width of its tiles, None without one.
         TAIL: M is no multiple of BLOCK_M.
     """
     B, H, Hkv, M, N = Z[0], Z[1], Z[2], Z[3], Z[4]
@@ -333,7 +340,8 @@ def gradient_of_keys(
         seed = tl.load(Seed)
     for of_group in tl.range(0, group, num_stages=1):
         h = hkv * group + of_group
-        lo, full_lo, full_hi, hi = visited(ROWS, b, h, n1, M, Z, L, BLOCK_M)
+        tiles = tile_list(Map, MS, b, h, tile, BLOCK_N, MAP)
+        lo, full_lo, full_hi, hi = visited(ROWS, tiles, MAP, b, h, n1, M, Z, L, BLOCK_M)
         dk, dv = _over_rows(
             dk,
             dv,
@@ -350,6 +358,7 @@ def gradient_of_keys(
             lo,
             full_lo,
             full_hi,
+            tiles,
             tile_count(lo, full_lo, full_hi, hi, True),
             QS,
             DS,
@@ -364,6 +373,7 @@ def gradient_of_keys(
             THRESHOLD,
             KEEP,
             True,
+            MAP,
             TMA,
             False,
             WANTS_K,
@@ -374,7 +384,7 @@ def gradient_of_keys(
             BLOCK_DV,
             BLOCK_M,
         )
-        if TAIL or ROWS is not None:
+        if TAIL or ROWS is not None or MAP is not None:
             dk, dv = _over_rows(
                 dk,
                 dv,
@@ -391,6 +401,7 @@ def gradient_of_keys(
                 lo,
                 full_lo,
                 full_hi,
+                tiles,
                 tile_count(lo, full_lo, full_hi, hi, False),
                 QS,
                 DS,
@@ -405,6 +416,7 @@ def gradient_of_keys(
                 THRESHOLD,
                 KEEP,
                 False,
+                MAP,
                 TMA,
                 TAIL,
                 WANTS_K,
@@ -438,6 +450,7 @@ def _query_tiles(
     lo,
     full_lo,
     full_hi,
+    tiles,
     count,
     KS,
     VS,
@@ -454,6 +467,7 @@ def _query_tiles(
     THRESHOLD: tl.constexpr,
     KEEP: tl.constexpr,
     FULL: tl.constexpr,
+    MAP: tl.constexpr,
     TMA: tl.constexpr,
     TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -465,7 +479,7 @@ def _query_tiles(
 ):
     N = Z[4]
     for i in tl.range(0, count):
-        n0 = nth_tile(i, lo, full_lo, full_hi, FULL) * BLOCK_N
+        n0 = nth_tile(i, lo, full_lo, full_hi, tiles, MAP, BLOCK_N, FULL) * BLOCK_N
         key = n0 + tl.arange(0, BLOCK_N)
         n = key[None, :]
         k = load_tile(K, b, hkv, n0, N, KS, D, BLOCK_N, BLOCK_D, TMA, TAIL)
@@ -497,11 +511,13 @@ def gradient_of_queries(
     Norm,
     Dq,
     Seed,
+    Map,
     QS,
     KS,
     VS,
     DS,
     DQS,
+    MS,
     Z,
     L,
     row_tiles,
@@ -513,6 +529,7 @@ def gradient_of_queries(
     ALLOWED: tl.constexpr,
     RESIDUAL: tl.constexpr,
     KEYS: tl.constexpr,
+    MAP: tl.constexpr,
     NORM: tl.constexpr,
     THRESHOLD: tl.constexpr,
     KEEP: tl.constexpr,
@@ -545,7 +562,8 @@ def gradient_of_queries(
     if THRESHOLD is not None:
         seed = tl.load(Seed)
         row0, row1 = row_hash(seed, b, h, m)
-    lo, full_lo, full_hi, hi = visited(KEYS, b, h, m1, N, Z, L, BLOCK_N)
+    tiles = tile_list(Map, MS, b, h, tile, BLOCK_M, MAP)
+    lo, full_lo, full_hi, hi = visited(KEYS, tiles, MAP, b, h, m1, N, Z, L, BLOCK_N)
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     dq = _query_tiles(
         dq,
@@ -563,6 +581,7 @@ def gradient_of_queries(
         lo,
         full_lo,
         full_hi,
+        tiles,
         tile_count(lo, full_lo, full_hi, hi, True),
         KS,
         VS,
@@ -579,6 +598,7 @@ def gradient_of_queries(
         THRESHOLD,
         KEEP,
         True,
+        MAP,
         TMA,
         False,
         PRECISION,
@@ -588,7 +608,7 @@ def gradient_of_queries(
         BLOCK_DV,
         BLOCK_N,
     )
-    if TAIL or KEYS is not None:
+    if TAIL or KEYS is not None or MAP is not None:
         dq = _query_tiles(
             dq,
             q,
@@ -605,6 +625,7 @@ def gradient_of_queries(
             lo,
             full_lo,
             full_hi,
+            tiles,
             tile_count(lo, full_lo, full_hi, hi, False),
             KS,
             VS,
@@ -621,6 +642,7 @@ def gradient_of_queries(
             THRESHOLD,
             KEEP,
             False,
+            MAP,
             TMA,
             TAIL,
             PRECISION,
@@ -706,7 +728,7 @@ def gradient_of_leaf(
             at = (tl.cast(b, tl.int64) * H + h) * M + m1
             lse, delta = tl.load(Lse2 + at)[:, None], tl.load(Delta + at)[:, None]
             norm = tl.load(Norm + at)[:, None]
-            first, _full, _full_stop, stop = visited(KEYS, b, h, m1, N, Z, L, BLOCK_N)
+            first, _full, _full_stop, stop = visited(KEYS, None, None, b, h, m1, N, Z, L, BLOCK_N)
             count = 1.0
             uniform = row < 0
             if MINIMAL is not None:

@@ -17,6 +17,7 @@ from attnfuse.templates.kernels.tile import (
     row_hash,
     store_tile,
     tile_count,
+    tile_list,
     visited,
 )
 
@@ -36,6 +37,7 @@ def _over_keys(
     lo,
     full_lo,
     full_hi,
+    tiles,
     start,
     stop,
     KS,
@@ -50,6 +52,7 @@ def _over_keys(
     MASK: tl.constexpr,
     THRESHOLD: tl.constexpr,
     FULL: tl.constexpr,
+    MAP: tl.constexpr,
     TMA: tl.constexpr,
     TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -62,7 +65,7 @@ def _over_keys(
     """Key tiles number `start` to `stop` of the full, or of the partial ones; h [BM, 1] or a scalar, m [BM, 1]."""
     N = Z[4]
     for i in tl.range(start, stop):
-        n0 = nth_tile(i, lo, full_lo, full_hi, FULL) * BLOCK_N
+        n0 = nth_tile(i, lo, full_lo, full_hi, tiles, MAP, BLOCK_N, FULL) * BLOCK_N
         n = n0 + tl.arange(0, BLOCK_N)[None, :]
         k = load_tile(K, b, hkv, n0, N, KS, D, BLOCK_N, BLOCK_D, TMA, TAIL)
         x = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -115,10 +118,12 @@ def attend(
     Lse,
     Parts,
     Seed,
+    Map,
     QS,
     KS,
     VS,
     OS,
+    MS,
     Z,
     L,
     row_tiles,
@@ -135,6 +140,7 @@ def attend(
     KEEP: tl.constexpr,
     PACKED: tl.constexpr,
     SPLIT: tl.constexpr,
+    MAP: tl.constexpr,
     TMA: tl.constexpr,
     TAIL: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -149,6 +155,7 @@ def attend(
 
     Args:
         Parts: with SPLIT, fp32 [splits, B·H·M, BLOCK_DV], and Lse [splits, B·H·M] beside it.
+        Map, MS, MAP: the tile map of rows, its strides and the width of its tiles, None without one; by KV head where PACKED.
         swizzle: see `place`, counted in heads of this grid: query heads, or KV heads where PACKED.
         SCALE, SCORE: see `Functions`: what takes a score to base 2, and what computes it, None where it is the dot product.
         KEEP: the factor that makes up for dropped weights.
@@ -177,7 +184,8 @@ def attend(
         m1 = tl.minimum(row, M - 1)
     m2 = m1[:, None]
 
-    lo, full_lo, full_hi, hi = visited(KEYS, b, h1, m1, N, Z, L, BLOCK_N)
+    tiles = tile_list(Map, MS, b, hkv if PACKED else h1, 0 if PACKED else tile, BLOCK_M, MAP)
+    lo, full_lo, full_hi, hi = visited(KEYS, tiles, MAP, b, h1, m1, N, Z, L, BLOCK_N)
     full = tile_count(lo, full_lo, full_hi, hi, True)
     partial = tile_count(lo, full_lo, full_hi, hi, False)
     full_start, full_stop, partial_start, partial_stop = 0, full, 0, partial
@@ -216,6 +224,7 @@ def attend(
         lo,
         full_lo,
         full_hi,
+        tiles,
         full_start,
         full_stop,
         KS,
@@ -230,6 +239,7 @@ def attend(
         RESIDUAL,
         THRESHOLD,
         True,
+        MAP,
         TMA,
         False,
         PRECISION,
@@ -239,7 +249,7 @@ def attend(
         BLOCK_DV,
         BLOCK_N,
     )
-    if TAIL or KEYS is not None:
+    if TAIL or KEYS is not None or MAP is not None:
         acc, total, top = _over_keys(
             acc,
             total,
@@ -254,6 +264,7 @@ def attend(
             lo,
             full_lo,
             full_hi,
+            tiles,
             partial_start,
             partial_stop,
             KS,
@@ -268,6 +279,7 @@ def attend(
             ALLOWED,
             THRESHOLD,
             False,
+            MAP,
             TMA,
             TAIL,
             PRECISION,

@@ -30,17 +30,34 @@ def place(program, tiles, heads, swizzle, DESCENDING: tl.constexpr):
 
 
 @triton.jit
-def visited(RANGE: tl.constexpr, b, h, at, size, Z, L, BLOCK: tl.constexpr):
+def tile_list(Map, strides, b, h, tile, BLOCK: tl.constexpr, MAP: tl.constexpr):
+    """The list of a block of rows (or keys) in a tile map, whose tiles are MAP wide; nothing where MAP is None."""
+    found = Map
+    if MAP is not None:
+        found += (
+            tl.cast(b, tl.int64) * strides[0] + tl.cast(h, tl.int64) * strides[1] + tile * BLOCK // MAP * strides[2]
+        )
+    return found
+
+
+@triton.jit
+def visited(RANGE: tl.constexpr, Tiles, MAP: tl.constexpr, b, h, at, size, Z, L, BLOCK: tl.constexpr):
     """The tiles that a row block (or, with the transposed map, a key block) visits, as four tile numbers in order.
 
-    Tiles [lo, full_lo) and [full_hi, hi) are partial, [full_lo, full_hi) lie inside the bounds of every row.
+    Tiles [lo, full_lo) and [full_hi, hi) are partial, [full_lo, full_hi) lie inside the bounds of every row.  With a tile map
+    they are numbers of entries of the list.
 
     Args:
         RANGE: gives the least and the past-the-end index of each of `at`; None where every index is inside.
+        Tiles: the list of `tile_list`: how many full and how many partial tiles, then these.
         at: the rows (or keys), all of them valid.
         size: how many keys (or rows) there are.
     """
-    if RANGE is None:
+    if MAP is not None:
+        lo, full_lo = 0, 0
+        full_hi = tl.load(Tiles) * (MAP // BLOCK)
+        hi = full_hi + tl.load(Tiles + 1) * (MAP // BLOCK)
+    elif RANGE is None:
         lo, full_lo, full_hi, hi = 0, 0, size // BLOCK, tl.cdiv(size, BLOCK)
     else:
         low, high = RANGE(b, h, at, Z, L)
@@ -56,13 +73,15 @@ def visited(RANGE: tl.constexpr, b, h, at, size, Z, L, BLOCK: tl.constexpr):
 
 
 @triton.jit
-def nth_tile(i, lo, full_lo, full_hi, FULL: tl.constexpr):
-    """Tile number i of the full ones, or of the partial ones on both sides of them."""
+def nth_tile(i, lo, full_lo, full_hi, Tiles, MAP: tl.constexpr, BLOCK: tl.constexpr, FULL: tl.constexpr):
+    """Tile number i of the full ones, or of the partial ones on both sides of them, or after them in the list of a tile map."""
     if FULL:
         tile = full_lo + i
     else:
         left = full_lo - lo
         tile = tl.where(i < left, lo + i, full_hi + i - left)
+    if MAP is not None:
+        tile = tl.load(Tiles + 2 + tile // (MAP // BLOCK)) * (MAP // BLOCK) + tile % (MAP // BLOCK)
     return tile
 
 
