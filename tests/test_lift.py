@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, fx
 
 from attnfuse.passes.index import index_of
-from attnfuse.passes.lift import Scope, scopes
+from attnfuse.passes.lift import LeafSource, Scope, scopes
 from attnfuse.passes.normalise import normalise
 from attnfuse.score import Call, Expr, Load, Var
 from tests.harness import randn
@@ -63,6 +63,7 @@ def test_lifted(fn: Callable[..., Tensor], inputs: Sequence[Tensor], text: str) 
 
     def read(leaf: str, at: tuple[int, ...]) -> Any:
         source = scope.table.leaves[leaf]
+        at = _of_dims(source, at)
         full = [0] * values[source.node].dim()
         for dim, place in zip(source.dims, at, strict=True):
             full[dim] = place
@@ -76,6 +77,20 @@ def test_lifted(fn: Callable[..., Tensor], inputs: Sequence[Tensor], text: str) 
         actual, expected = evaluate(expr, dict(zip(variables, at, strict=True)), read), result[at].item()
         assert type(expected) is (float if isinstance(actual, np.float64) else type(actual))
         assert actual == pytest.approx(expected, rel=1e-6, nan_ok=True), at
+
+
+def _of_dims(source: LeafSource, at: tuple[int, ...]) -> tuple[int, ...]:
+    """The index of an element of a leaf in the dimensions of its node."""
+    if not source.order:
+        return at
+    digits = [at[source.order.index(place)] for place in range(source.rank)]
+    out = []
+    for sizes in source.parts:
+        index = 0
+        for size in sizes:
+            index = index * int(size) + digits.pop(0)
+        out.append(index)
+    return tuple(out)
 
 
 def _named(expr: Expr, scope: Scope) -> Expr:

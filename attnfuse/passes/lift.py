@@ -20,7 +20,7 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet
-from attnfuse.passes.index import Index, Unliftable, size_of, value
+from attnfuse.passes.index import Index, Size, Unliftable, size_of, value
 from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
 from attnfuse.passes.rules import MOVES, RULES, At, as_float, check_type
 from attnfuse.passes.views import broadcast, cuts_gradient
@@ -42,6 +42,12 @@ class Claimant(Protocol):
         """Takes back the claims made since `state`."""
 
 
+_AXES: Final = ("b", "h", "m", "n")
+# Arithmetic that is no mask.
+_DENSE: Final = ("add", "sub", "mul", "div", "neg", "sqrt", "rsqrt", "float")
+_LARGE: Final = 1e4
+
+
 class _Nobody:
     def claim(self, found: Contraction, index: Sequence[Index]) -> bool:
         return False
@@ -58,11 +64,23 @@ NOBODY: Final[Claimant] = _Nobody()
 
 @dataclass(frozen=True)
 class LeafSource:
-    """Where a leaf's values come from: a node of a scope, of which the dimensions `dims` are indexed (the others have size 1)."""
+    """Where a leaf's values come from: a node of a scope, of which the dimensions `dims` are indexed (the others have size 1).
+
+    Args:
+        parts: where an element is read for each row and key, the sizes that each of `dims` is split into; else nothing.
+        order: the permutation of what results that puts b, h, m and n in order.
+    """
 
     scope: Scope
     node: fx.Node
     dims: tuple[int, ...]
+    parts: tuple[tuple[Size, ...], ...] = ()
+    order: tuple[int, ...] = ()
+
+    @property
+    def rank(self) -> int:
+        """How many indices its loads have."""
+        return len(self.order) or len(self.dims)
 
 
 @dataclass
@@ -78,7 +96,7 @@ class Table:
     _names: dict[Any, str] = field(default_factory=dict)
 
     def leaf(self, source: LeafSource) -> str:
-        key = (id(source.scope), source.node, source.dims)
+        key = (id(source.scope), source.node, source.dims, source.parts, source.order)
         if key not in self._names:
             self._names[key] = f"leaf{len(self.leaves)}"
             self.leaves[self._names[key]] = source
@@ -115,8 +133,8 @@ class Scope:
         """For each input of a body what the calls pass for it, one operand a call."""
         self.replaced: dict[fx.Node, fx.Node] = {}
         """Outputs of attentions that have been rewritten, with what stands in their place."""
-        self.tile_maps: dict[object, list[fx.Node]] = {}
-        """The tile maps that have been written, by their masks."""
+        self.written: dict[object, list[fx.Node]] = {}
+        """What has been written into the graph for several attentions: tile maps by their masks, leaves in the order of axes."""
         self._may_require_grad: dict[fx.Node, bool] = {}
         self.lifter = Lifter(self)
 
@@ -238,6 +256,14 @@ class Lifter:
         if fake(node).dtype not in SHORT_DTYPES:
             raise Unliftable(f"a tensor of {fake(node).dtype}")
         dims = tuple(at for at, dim in enumerate(index) if dim)
+        digits = [digit for at in dims for digit in index[at]]
+        names = [str(digit.expr) for digit in digits]
+        parts = tuple(tuple(digit.size for digit in index[at]) for at in dims)
+        symbols = max((sum(not isinstance(size, int) for size in sizes) for sizes in parts), default=0)
+        if {"m", "n"} <= {*names} <= {*_AXES} and len({*names}) == len(names) and symbols < 2:
+            order = tuple(sorted(range(len(names)), key=lambda at: _AXES.index(names[at])))
+            name = self.scope.table.leaf(LeafSource(self.scope, node, dims, parts, order))
+            return Load(name, tuple(digits[at].expr for at in order))
         name = self.scope.table.leaf(LeafSource(self.scope, node, dims))
         return Load(name, tuple(value(index[at]) for at in dims))
 
@@ -319,8 +345,10 @@ class Lifter:
     def collapsed(self, node: fx.Node, index: tuple[Index, ...], expr: Expr) -> Expr:
         """A computation on data that does not grow to queries × keys is left to the graph: the node itself is the leaf."""
         used = free_vars(expr)
-        if isinstance(expr, Load) or not loads(expr) or "s" in used or {"m", "n"} <= used:
+        if isinstance(expr, Load) or not loads(expr) or "s" in used:
             return expr
+        if {"m", "n"} <= used:
+            return self.leaf(node, index) if self._is_dense_sum(node, expr, used) else expr
         if isinstance(expr, Call) and expr.op == "not" and isinstance(expr.args[0], Load):
             return expr
         if not any(used <= free_vars(load) for load in loads(expr)):
@@ -331,6 +359,16 @@ class Lifter:
         if fake(node).dtype.is_floating_point and any(isinstance(e, Call) and e.op == "where" for e in walk(expr)):
             return expr
         return self.leaf(node, index)
+
+    def _is_dense_sum(self, node: fx.Node, expr: Expr, used: frozenset[str]) -> bool:
+        """Whether arithmetic on tensors with an element for each row and key gives no larger one: it is read once, not twice."""
+        if not fake(node).dtype.is_floating_point or packet(node) not in ("add", "sub") or used > {*_AXES}:
+            return False
+        terms = loads(expr)
+        dense = [load for load in terms if {str(i) for i in load.indices} == used]
+        plain = all(not isinstance(e, Call) or e.op in _DENSE for e in walk(expr))
+        large = any(isinstance(e, Const) and abs(e.value) > _LARGE for e in walk(expr))
+        return len(dense) > 1 and len(dense) == len(terms) and plain and not large
 
 
 def _constant(module: fx.GraphModule, node: fx.Node) -> bool | int | float:

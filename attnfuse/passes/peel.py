@@ -17,6 +17,7 @@ from torch import fx
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Misaligned, Size, Unliftable, regroup, same
+from attnfuse.passes.magnitude import most
 from attnfuse.passes.respell import CAUTION
 from attnfuse.passes.views import PERMUTATIONS, broadcast, permutation
 from attnfuse.score import (
@@ -93,19 +94,19 @@ def _added_mask(expr: Expr, dtype: torch.dtype) -> tuple[Expr, str] | None:
     return None
 
 
-def program_of(expr: Expr, dtype: torch.dtype, common: Callable[[Load], bool] = lambda load: False) -> Program:
+def program_of(expr: Expr, dtype: torch.dtype, greatest: Callable[[Load], float] = lambda load: math.inf) -> Program:
     """The lifted input of the softmax as body and tiers.
 
     Args:
         expr: the score in `s`.
         dtype: the element type of the scores where masks are applied; finfo.min is a mask only for that type or a wider one.
-        common: whether the values of a leaf are of the scores' own magnitude.
+        greatest: the greatest magnitude that a leaf of floating-point numbers holds, 0 for one of other numbers.
 
     Raises:
         Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
     body, tiers = _peeled(expr, dtype)
-    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, tiers, dtype, common):
+    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, tiers, dtype, greatest):
         body, tiers = expr, []
     return Program(only_finite(body), tuple(tiers))
 
@@ -119,7 +120,7 @@ def only_finite(body: Expr) -> Expr:
 
 
 def _min_is_least(
-    expr: Expr, body: Expr, tiers: Sequence[Tier], dtype: torch.dtype, common: Callable[[Load], bool]
+    expr: Expr, body: Expr, tiers: Sequence[Tier], dtype: torch.dtype, greatest: Callable[[Load], float]
 ) -> bool:
     """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and nothing in the body that
     may be as low or lower (a dense additive mask, -inf by rounding)."""
@@ -129,22 +130,24 @@ def _min_is_least(
     rounded = any(isinstance(e, Call) and e.op in ROUNDINGS for e in inside)
     # what is added to whole rows masks no key, unless their masked ones are replaced
     by_row = all(tier.fill != "=min" for tier in tiers)
-    return len(fills) == 1 and not low and not rounded and _stays_common(body, common, by_row=by_row)
+    return len(fills) == 1 and not low and not rounded and _stays_common(body, greatest, by_row=by_row)
 
 
 # Factors up to this make nothing of a score that finfo.min would be lost among.
 LARGE_FACTOR: Final = 2.0**20
 
 
-def _stays_common(expr: Expr, common: Callable[[Load], bool], *, by_row: bool) -> bool:
+def _stays_common(expr: Expr, greatest: Callable[[Load], float], *, by_row: bool) -> bool:
     """Whether arithmetic on scores, and on data like them, gives nothing of another magnitude.
 
     Args:
-        common: whether the values of a leaf are of the scores' own magnitude.
+        greatest: as in `program_of`.
         by_row: whether anything may be added that is the same for all keys.
     """
+    if "s" not in free_vars(expr) and most(expr, greatest) <= _ABSORBED:
+        return True
     if isinstance(expr, Load):
-        return common(expr) or (by_row and "n" not in free_vars(expr))
+        return by_row and "n" not in free_vars(expr)
     if not isinstance(expr, Call) or expr.op in BOOLEANS or not loads(expr) or expr.op == "float":
         return True
     if expr.op in ("mul", "div"):
@@ -153,12 +156,12 @@ def _stays_common(expr: Expr, common: Callable[[Load], bool], *, by_row: bool) -
             return True
         known = constant(expr.args[1])
         factor = 0.0 if not known else abs(known) if expr.op == "mul" else 1 / abs(known)
-        return 0 < factor <= LARGE_FACTOR and _stays_common(expr.args[0], common, by_row=by_row)
+        return 0 < factor <= LARGE_FACTOR and _stays_common(expr.args[0], greatest, by_row=by_row)
     if expr.op == "where":
-        return all(_stays_common(x, common, by_row=False) for x in expr.args[1:])
+        return all(_stays_common(x, greatest, by_row=False) for x in expr.args[1:])
     if expr.op in ("tanh", "sigmoid"):
         return True
-    return expr.op in ("add", "sub", "neg") and all(_stays_common(x, common, by_row=by_row) for x in expr.args)
+    return expr.op in ("add", "sub", "neg") and all(_stays_common(x, greatest, by_row=by_row) for x in expr.args)
 
 
 # Well below 2**103, half a unit in the last place of float32's least value: what is smaller is lost when added to it.
@@ -231,6 +234,9 @@ def _addend(expr: Expr, dtype: torch.dtype) -> tuple[Expr | None, list[tuple[Exp
                 rest, masks = _addend(kept, dtype)
                 if not masks or fill == "-inf":
                     return rest, [*masks, (allowed, fill)]
+            elif fill:
+                # what is not added gets no gradient, in rows that are uniform either
+                return call("where", allowed, kept, Const(0.0)), [(allowed, fill)]
     if isinstance(expr, Call) and expr.op == "add":
         (first, some), (second, more) = (_addend(a, dtype) for a in expr.args)
         if some or more:

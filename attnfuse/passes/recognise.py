@@ -19,7 +19,9 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.dependent import dependent
 from attnfuse.passes.graph import between, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, product, same
+from attnfuse.passes.learned import greatest_of
 from attnfuse.passes.lift import Scope
+from attnfuse.passes.magnitude import ORDINARY
 from attnfuse.passes.peel import (
     Beside,
     Descent,
@@ -257,7 +259,7 @@ def _with_queries(
     expr = scope.lifter.lift(source, axes.index, claim)
     if claim.found is None:
         return None
-    program = program_of(expr, fake(source).dtype, dependent(scope, claim.found))
+    program = program_of(expr, fake(source).dtype, greatest_of(scope, dependent(scope, claim.found)))
     program = rounded_by(softmax, source, claim.found.node, expr, program, scope)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
@@ -523,9 +525,11 @@ def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool
         return Program(body, (*tiers, *(() if element == TRUE else (Tier(element, "0row"),))))
     if fake(mask).dtype != dtype:
         raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
-    program = program_of(call("add", body, element), dtype)
+    greatest = greatest_of(scope)
+    program = program_of(call("add", body, element), dtype, greatest)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
-    if any(fake(scope.table.leaves[x.leaf].node).dtype.is_floating_point for x in loads(element)):
+    written = any(isinstance(e, Const) and math.isinf(e.value) for e in walk(element))
+    if loads(element) and (written or any(greatest(load) > ORDINARY for load in loads(element))):
         # a dense mask may itself hold -inf; NaN stays NaN
         tiers.append(Tier(call("ne", element, Const(float("-inf"))), "0row"))
     return Program(program.body, tuple(tiers))

@@ -99,8 +99,7 @@ def insert(
             # a new placeholder is an operand of the body's calls already; `prune_operands` takes it out again
             for node in reversed([n for n in graph.nodes if id(n) not in before and n.op != "placeholder"]):
                 graph.erase_node(node)
-            maps = site.scope.tile_maps
-            site.scope.tile_maps = {key: pair for key, pair in maps.items() if id(pair[0]) in before}
+            site.scope.written = {key: x for key, x in site.scope.written.items() if id(x[0]) in before}
             raise
     for old, new in pairs:
         new.meta = {**old.meta, "val": new.meta["val"]}
@@ -453,12 +452,12 @@ def _tile_map(
     shape_ = [_size(emit, node, dim) for node, dim in zip((*(q_and_k[:1] * 2), q_and_k[1]), (0, 1, 1), strict=True)]
     shape_ += [_size(emit, node, 2) for node in q_and_k]
     numbers = tuple(expr for expr, _, _ in what.sizes)
-    key = (str(mask), tuple((id(x.scope), x.node, x.dims) for x in sources), numbers, tuple(map(str, what.shape[:5])))
-    known = scope.tile_maps.get(key)
+    key = (str(mask), tuple(sources), numbers, tuple(map(str, what.shape[:5])))
+    known = scope.written.get(key)
     if known is None or not known[0] < site.place:
         named = [node for leaf, node in zip(spec.leaves, leaves, strict=True) if leaf.name in read]
         pair = emit(torch.ops.attnfuse.tile_map.default, named, sizes, shape_, str(mask), ops.ABI)
-        known = scope.tile_maps[key] = [emit(operator.getitem, pair, at) for at in range(2)]
+        known = scope.written[key] = [emit(operator.getitem, pair, at) for at in range(2)]
     return known
 
 
@@ -479,6 +478,25 @@ def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
     for dim in range(len(shape(source.node)) - 1, -1, -1):
         if dim not in kept:
             node = emit(aten.squeeze.dim, node, dim)
+    return _in_order(emit, node, source, shared=source not in site.overwritten)
+
+
+def _in_order(emit: Emitter, node: fx.Node, source: LeafSource, *, shared: bool) -> fx.Node:
+    """The tensor of a leaf with an element for each row and key, its axes in order, those of one row side by side in memory."""
+    if not source.order:
+        return node
+    known = emit.site.scope.written.get(source)
+    if shared and known is not None and known[0] < emit.site.place:
+        return known[0]
+    for dim in range(len(source.parts) - 1, -1, -1):
+        if len(source.parts[dim]) > 1:
+            node = emit(aten.unflatten.int, node, dim, _fx_sizes(source.parts[dim]))
+    if source.order != tuple(range(source.rank)):
+        node = emit(aten.permute.default, node, list(source.order))
+    if not same(sizes_of(fake(node).stride())[-1], 1):
+        node = emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+    if shared:
+        emit.site.scope.written[source] = [node]
     return node
 
 

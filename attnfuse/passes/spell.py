@@ -58,7 +58,7 @@ def meaning(site: Site) -> Meaning:
         sources.append(source)
         of_sink = program.sink is not None and load in loads(program.sink)
         name = _leaf_name(source, load, declared, of_sink=of_sink)
-        declared.append(Leaf(name, SHORT_DTYPES[fake(source.node).dtype], len(source.dims)))
+        declared.append(Leaf(name, SHORT_DTYPES[fake(source.node).dtype], source.rank))
     final = {table.leaf(s): leaf.name for s, leaf in zip(sources, declared, strict=True)}
     spec = AttentionSpec(_leaves_renamed(program, final), tuple(declared), site.dropout)
     return Meaning(spec, tuple(sources), tuple(numbers), _hints(site))

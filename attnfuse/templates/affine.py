@@ -6,7 +6,21 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
-from attnfuse.score import INDICES, SIZES, Call, Const, Expr, S, call, free_vars, loads
+from attnfuse.score import (
+    INDICES,
+    SIZES,
+    TRUE,
+    Call,
+    Const,
+    Expr,
+    Program,
+    S,
+    call,
+    conjuncts,
+    free_vars,
+    loads,
+    substitute,
+)
 
 _ONE: Final = Const(1.0)
 _MINUS_ONE: Final = Const(-1.0)
@@ -17,6 +31,13 @@ class Affine(NamedTuple):
 
     scale: Expr
     bias: Expr | None
+
+
+@lru_cache(maxsize=4096)
+def where_allowed(program: Program) -> Expr:
+    """The body in cells that every tier allows: choices by the mask are made, `where(pad[b, n], bias[m, n], 0.0)` is a bias."""
+    known = {term: TRUE for tier in program.tiers for term in conjuncts(tier.allowed)}
+    return substitute(program.body, known) if known else program.body
 
 
 @lru_cache(maxsize=4096)

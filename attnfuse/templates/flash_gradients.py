@@ -360,7 +360,7 @@ class _Backward:
         delta = (self.dout.float() * self.cotangents.out).sum(-1)
         lse = self.cotangents.lse
         dsink = (-torch.sigmoid(sink[..., 0] - lse) * delta)[..., None]
-        slopes = slopes_of(inputs.text, wanted, of_sink=True)
+        slopes = slopes_of(inputs.text, wanted, of="sink")
         for load, indices, slope in zip(slopes.loads, slopes.indices, slopes.values(block)[2:], strict=True):
             add_gradient(totals[load.leaf], load, indices, block, dsink * slope)
 

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates.affine import affine, constant
+from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
 from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
@@ -41,7 +41,7 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     spec = parse_spec(text)
-    form = affine(spec.program.body)
+    form = affine(where_allowed(spec.program))
     scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
     if form is None or scale is None or spec.dropout or not shape.D == shape.Dv > 0:
         return None
@@ -128,13 +128,13 @@ class _Group(NamedTuple):
 
     Args:
         empty: rows without a key, bool [b, h, m].
-        dead: rows in which the score of each key is -inf, bool [b, h, m]; the kernel gives zeros there.
+        may_be_dead: whether there may be rows in which the score of each key is -inf; the kernel gives zeros there.
     """
 
     m: tuple[int, int]
     parts: tuple[_Part, ...]
     empty: Tensor | None = None
-    dead: Tensor | None = None
+    may_be_dead: bool = False
 
 
 def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
@@ -180,7 +180,7 @@ def _masked(
     pieces = [(keys.columns(part), allowed) for part, allowed in found if allowed is not None]
     if plan.bias is None and not pieces:
         return _Group(rows, (_Part(keys, causal),))
-    empty = dead = None
+    empty = None
     if may_be_empty and pieces and sum(c1 - c0 for (c0, c1), _ in pieces) == keys.count:
         some = reduce(torch.logical_or, (allowed.any(-1) for _, allowed in pieces))
         empty = _where(~some, shape)
@@ -201,9 +201,8 @@ def _masked(
         if c0 == c1:
             return _Group(rows, ())
         keys, mask = keys.without_ends(c0, c1), mask[..., c0:c1]
-    if plan.bias is not None:
-        dead = _where(mask.amax(-1) == -torch.inf, shape)
-    return _Group(rows, (_Part(keys, causal, mask.expand(*shape, keys.count)),), empty, dead)
+    part = _Part(keys, causal, mask.expand(*shape, keys.count))
+    return _Group(rows, (part,), empty, may_be_dead=plan.bias is not None)
 
 
 def _where(rows: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
@@ -226,7 +225,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     plan = plan_for(inputs)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
-    for (m0, m1), parts, empty, dead in _groups(work, run, segment, plan):
+    for (m0, m1), parts, empty, may_be_dead in _groups(work, run, segment, plan):
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
             continue
@@ -244,12 +243,20 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
             for keys, causal, mask in parts
         ]
         values, sums = results[0] if len(results) == 1 else _merged(*results)
-        if dead is not None:
-            values, sums = values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
+        if may_be_dead and bool((sums == 0).any()):
+            values, sums = _without_the_dead(values, sums, parts)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
             yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
+
+
+def _without_the_dead(values: Tensor, sums: Tensor, parts: tuple[_Part, ...]) -> tuple[Tensor, Tensor]:
+    """NaN and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
+    ((_, _, mask),) = parts
+    assert mask is not None
+    dead = mask.amax(-1) == -torch.inf
+    return values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
 
 
 def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:

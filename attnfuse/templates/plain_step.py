@@ -165,7 +165,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
 
 def _backward(work: Work, scores: _Scores, tile: _Tile, grads: Gradients) -> None:
     (b0, b1), (kv0, kv1), (h0, h1), (m0, m1), keys, _ = tile
-    slopes = slopes_of(work.inputs.text, grads.from_body)
+    slopes = slopes_of(work.inputs.text, grads.from_body, "allowed")
     body, by_s, *by_load = slopes.values(scores.block, scores.raw)
     x = scores.fill(scores.writable(body, by_s, *by_load), -torch.inf)
     # not exp(x - lse): where all scores of a row are about -1e9, lse has no digits left for their number

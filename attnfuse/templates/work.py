@@ -4,15 +4,15 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Final
+from typing import Final, Literal
 
 import torch
 from torch import Tensor
 
-from attnfuse.score import Expr, Load, S, derivative, free_vars, loads
+from attnfuse.score import Expr, Load, S, derivative, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import dropout
-from attnfuse.templates.affine import Affine, affine
+from attnfuse.templates.affine import where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Mask, block_of, mask_of
 from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped, named_sizes
@@ -23,12 +23,10 @@ BLOCK_CELLS: Final = 1 << 20
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a spec's program says, compiled."""
+    """What a spec's program says, compiled: its body in cells that the mask allows."""
 
     spec: AttentionSpec
-    form: Affine | None
     body: Evaluator
-    body_has_s: bool
     tiers: Evaluator
     sink: Evaluator | None
 
@@ -40,9 +38,7 @@ def meaning_of(text: str) -> Meaning:
     program = spec.program
     return Meaning(
         spec,
-        affine(program.body),
-        Evaluator(spec, [program.body]),
-        "s" in free_vars(program.body),
+        Evaluator(spec, [where_allowed(program)]),
         Evaluator(spec, [tier.allowed for tier in program.tiers]),
         None if program.sink is None else Evaluator(spec, [program.sink]),
     )
@@ -58,10 +54,12 @@ class Slopes:
 
 
 @lru_cache(maxsize=1024)
-def slopes_of(text: str, wanted: frozenset[str], of_sink: bool = False) -> Slopes:
-    """The derivatives of the body, or of the sink, by s and by every load of the leaves `wanted`."""
+def slopes_of(text: str, wanted: frozenset[str], of: Literal["body", "allowed", "sink"] = "body") -> Slopes:
+    """The derivatives of the body, of the body in cells that the mask allows, or of the sink, by s and by every load of the
+    leaves `wanted`."""
     spec = parse_spec(text)
-    expr = spec.program.sink if of_sink else spec.program.body
+    program = spec.program
+    expr = program.sink if of == "sink" else program.body if of == "body" else where_allowed(program)
     assert expr is not None
     found = tuple(load for load in loads(expr) if load.leaf in wanted)
     by: list[Expr] = [S, *found]
@@ -264,7 +262,7 @@ class Gradients:
         sink = work.sink
         if sink is None or not wanted:
             return
-        slopes = slopes_of(work.inputs.text, wanted, of_sink=True)
+        slopes = slopes_of(work.inputs.text, wanted, of="sink")
         shape = work.shape
         block = work.block((0, shape.B), (0, shape.H), (0, shape.M), (0, 1))
         dsink = (-torch.sigmoid(sink - self.lse) * self.delta)[..., None]
