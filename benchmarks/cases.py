@@ -15,6 +15,7 @@ from benchmarks import gate, stats
 from benchmarks.machine import ROOT
 from benchmarks.models import FORWARD, Forward
 from benchmarks.process import Process
+from benchmarks.sparse import MASKS, Sparse
 from benchmarks.stats import Estimate, Target, Verdict
 from benchmarks.subjects import LLAMA_TEXT, VARIANTS, Pass
 
@@ -79,7 +80,7 @@ def _best(samples: Samples, names: Sequence[str]) -> str:
 class Speed:
     """Time of a pass against the better of stock `torch.compile` with eager and with sdpa attention."""
 
-    subject: Pass | Forward
+    subject: Pass | Forward | Sparse
     target: Target | None
     about: str
     rounds: int = 1
@@ -87,10 +88,15 @@ class Speed:
     starts: int = 1
     """How often the processes are started anew, each time for a part of the rounds: where its code and data happen to lie makes a
     process a few percent faster or slower for as long as it lives."""
+    peers: Mapping[str, Target] = field(default_factory=dict)
+    """Other variants to be compared with, and what is asked of that."""
+    uncompiled: bool = True
+    """Whether eager is timed too."""
 
     def measure(self, name: str, setting: Setting) -> Outcome:
         wrong = self.faults(name, setting)
-        variants = ("eager", *self.stock, *(ours for ours in self.ours if not wrong[ours]))
+        right = [ours for ours in self.ours if not wrong[ours]]
+        variants = (*(("eager",) if self.uncompiled else ()), *self.stock, *self.peers, *right)
         samples: Samples = {variant: [] for variant in variants}
         for start in range(self.starts):
             with ExitStack() as stack:
@@ -108,8 +114,12 @@ class Speed:
             if wrong[ours]:
                 rows.append(Row(f"{ours} over {best}", "x", None, self.target, "wrong results", wrong[ours]))
             else:
-                ratio = stats.speed_up(samples[ours], samples[best])
-                rows.append(Row.of(f"{ours} over {best}", "x", ratio, self.target))
+                for other, target in {best: self.target, **self.peers}.items():
+                    ratio = stats.speed_up(samples[ours], samples[other])
+                    rows.append(Row.of(f"{ours} over {other}", "x", ratio, target))
+        if isinstance(self.subject, Sparse):
+            times = samples["flex mask"] = [self.subject.seconds_of_block_mask() for _ in range(3)]
+            rows.append(Row.of("FlexAttention's block mask, made beforehand", "s", stats.median(times), None))
         return Outcome(tuple(rows), samples)
 
     @property
@@ -267,6 +277,19 @@ def _models() -> Iterator[tuple[str, Case]]:
         yield f"model-{name}", Speed(subject, Target("at least", 0.97), about)
 
 
+def _sparse() -> Iterator[tuple[str, Case]]:
+    for mask, (build, _) in MASKS.items():
+        for training in (False, True):
+            for dtype, short, flex in ((torch.float32, "fp32", 0.9), (torch.bfloat16, "bf16", 1.5)):
+                subject = Sparse(mask, 8192, training, dtype)
+                kind = "forward and gradients of q, k and v" if training else "forward"
+                about = f"{(build.__doc__ or '').rstrip('.')}: attention alone, {kind}, B 1, H 8, N 8192, D 64, {dtype}"
+                # FlexAttention has no backward on a CPU
+                peers = {} if training else {"flex": Target("at least", flex)}
+                name = f"sparse-{mask}-{'training' if training else 'forward'}-{short}"
+                yield name, Speed(subject, Target("at least", 3.0), about, peers=peers, uncompiled=False)
+
+
 def _about(subject: Pass) -> str:
     kind = "training step (forward, backward, AdamW)" if subject.training else "prefill (fills a cache, no head)"
     dtype = str(subject.dtype).removeprefix("torch.")
@@ -282,6 +305,7 @@ def _cases() -> dict[str, Case]:
     return {
         **dict(_passes()),
         **dict(_models()),
+        **dict(_sparse()),
         "compile": Compile(Target("at most", 1.15), Target("at most", 0.5), "the model of examples/demo.py"),
         "memory-forward-fp32": Memory(torch.float32, False, f"{alone}, forward, float32"),
         "memory-forward-bf16": Memory(torch.bfloat16, False, f"{alone}, forward, bfloat16"),

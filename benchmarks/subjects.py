@@ -39,6 +39,8 @@ VARIANTS = {
     "stock-sdpa": Variant("sdpa", "inductor"),
     "attnfuse-eager": Variant("eager", "attnfuse"),
     "attnfuse-sdpa": Variant("sdpa", "attnfuse"),
+    # compiled FlexAttention with a mask written by hand, where a subject has one
+    "flex": Variant("flex", "inductor"),
 }
 
 

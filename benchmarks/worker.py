@@ -57,7 +57,7 @@ def overhead(case: Overhead, variant: str) -> tuple[Answer, Commands]:
     spec = "s*0.25"
 
     def ours() -> object:
-        return torch.ops.attnfuse.attention(q, k, v, [], [], None, spec, out_order, abi)
+        return torch.ops.attnfuse.attention(q, k, v, [], [], [], None, spec, out_order, abi)
 
     def plain() -> object:
         return torch.nn.functional.scaled_dot_product_attention(q, k, v)

@@ -91,3 +91,17 @@ def test_one_map_for_all_layers(dynamic: bool, tmp_path: Path) -> None:
     text = final_graph(tmp_path)
     assert text.count("attnfuse.tile_map") == 1
     assert text.count("attnfuse.attention") == 3
+
+
+def test_the_report_says_what_is_skipped() -> None:
+    """Of a mask that indices decide, by its map; of one that reads leaves, what the indices alone exclude."""
+
+    def skipped(name: str) -> float:
+        (remark,) = report_of(attention(DENSE_MASKS[name]), operand(), *DENSE_MASKS[name].inputs()).remarks
+        return float(remark.facts["tiles_skipped"])  # type: ignore[arg-type]
+
+    # a diagonal with a column of sinks: 8 x 8 tiles of 32
+    assert skipped("sinks and window") == pytest.approx(1 - (8 + 7 + 6) / 64, abs=1e-4)
+    assert skipped("Longformer") == 0.0
+    # above the diagonal, in tiles of the template's own
+    assert skipped("packed documents") > 0.3

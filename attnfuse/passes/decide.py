@@ -19,10 +19,11 @@ from attnfuse.passes.spell import Meaning, meaning
 from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
-from attnfuse.templates.choose import Refusal, choose
+from attnfuse.templates.choose import Choice, Refusal, choose
 from attnfuse.templates.inline import Inline
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
+from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
 
@@ -63,9 +64,19 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     form = call_for(what.spec) if isinstance(template, Library) else template if isinstance(template, Inline) else None
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
-    facts["tiles_skipped"] = round(tiles_skipped(what.spec, what.shape, *choice.tiles), 4)
+    facts["tiles_skipped"] = round(_tiles_skipped(what, choice), 4)
     code = "AF010" if isinstance(form, Call) else "AF011" if isinstance(form, Inline) else "AF000"
     return Replacement(what, form, Remark.of(code, **where, template=template.name, **facts))  # type: ignore[arg-type]
+
+
+def _tiles_skipped(what: Meaning, choice: Choice) -> float:
+    """The fraction of tiles that no row block visits, as far as it is known before the call."""
+    spec, shape = what.spec, what.shape
+    listed = has_no_ranges(spec) and not reads_leaves(spec) and not what.sizes and worth_a_map(shape.M, shape.N)
+    # a row without a key may look at all of them
+    if listed and not needs_every_key(spec.program):
+        return share_skipped(mask_text(str(spec)), (), tuple(shape[:5]))
+    return tiles_skipped(spec, shape, *choice.tiles)
 
 
 def _target(site: Site, what: Meaning, inline_scores: int) -> Target:

@@ -67,7 +67,7 @@ def _is_learned(scope: Scope, node: fx.Node) -> bool:
         name = packet(at)
         if at.op == "placeholder" and scope.outer is None:
             given = at.meta.get("example_value")
-            if not isinstance(given, torch.Tensor) or not given.requires_grad or not given.is_leaf:
+            if not isinstance(given, torch.nn.Parameter) or not given.requires_grad:
                 return False
         elif name in _MOVES or name in _MEANS or name == "embedding":
             moved = at.args[0] if name == "cat" else at.args[:1]

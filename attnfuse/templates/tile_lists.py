@@ -84,6 +84,17 @@ def lists_of(
     return _listed(kinds, whole=N % TILES.block_n == 0), _listed(kinds.mT, whole=M % TILES.block_m == 0)
 
 
+@lru_cache(maxsize=1024)
+def share_skipped(text: str, sizes: tuple[int, ...], shape: tuple[int, ...]) -> float:
+    """The fraction of the tiles of a map that no cell is allowed in, where indices and sizes decide that.
+
+    Args:
+        shape: B, H, Hkv, M, N.
+    """
+    rows, _ = lists_of(text, (), sizes, shape, torch.device("cpu"))
+    return 1.0 - float(rows[..., :2].sum()) / (rows[..., 2:].numel() or 1)
+
+
 def _listed(kinds: Tensor, *, whole: bool) -> Tensor:
     """The lists of the tiles in each row; the last tile, where it is not whole, has cells beyond the end."""
     if not whole:

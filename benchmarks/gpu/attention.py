@@ -151,7 +151,7 @@ def ours(kind: Kind, size: Size) -> Call:
     operands = list(leaves.values())
 
     def call(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-        out: Tensor = torch.ops.attnfuse.attention(q, k, v, operands, [], None, text, [0, 2, 1, 3], ABI)[0]
+        out: Tensor = torch.ops.attnfuse.attention(q, k, v, operands, [], [], None, text, [0, 2, 1, 3], ABI)[0]
         return out
 
     return call

@@ -11,6 +11,7 @@ from attnfuse.ops import _kernel, _Kind
 from attnfuse.spec import Shape
 from attnfuse.templates.flash import Decode, Flash
 from tests.families import FAMILIES, LAYOUTS, SHAPES, Call, Leaves, hold_to_oracle, made
+from tests.sparse_masks import SPARSE_MASKS, SparseMask
 
 TYPES = [torch.bfloat16, torch.float16, torch.float32]
 # Several tiles of every size in the tables, with tails.
@@ -24,7 +25,7 @@ def kernel_of(call: Call) -> str:
     kinds = tuple((x.dtype, x.dim(), torch.device("cuda")) for x in call.leaves)
     dtypes, devices = (call.q.dtype, call.k.dtype, call.v.dtype), (torch.device("cuda"),) * 3
     shapes = tuple(call.q.shape), tuple(call.k.shape), tuple(call.v.shape)
-    kind = _Kind(str(call.spec), *shapes, dtypes, devices, kinds, len(call.sizes), True, call.order, ops.ABI)
+    kind = _Kind(str(call.spec), *shapes, dtypes, devices, kinds, len(call.sizes), (), True, call.order, ops.ABI)
     return type(_kernel(kind, "cuda", False)[0]).__name__
 
 
@@ -39,6 +40,14 @@ def test_families(text: str, leaves: Leaves, dtype: torch.dtype) -> None:
         call = made(text, shape, leaves(shape), dtype)
         assert kernel_of(call) in ("Flash", "Decode")
         hold_to_oracle(call, device="cuda")
+
+
+@pytest.mark.parametrize("dtype", TYPES, ids=str)
+@pytest.mark.parametrize("mask", SPARSE_MASKS.values(), ids=SPARSE_MASKS.keys())
+def test_tile_maps(mask: SparseMask, dtype: torch.dtype) -> None:
+    shape = Shape(2, 4, 2, 700, 700, 64, 64)
+    call = made(f"{mask.declared}s*0.125 where {mask.mask} else -inf", shape, mask.leaves(shape), dtype)
+    hold_to_oracle(call, device="cuda")
 
 
 @pytest.mark.parametrize("dtype", TYPES, ids=str)
@@ -83,7 +92,7 @@ def test_offsets_beyond_32_bits() -> None:
 
     def call(*x: Tensor) -> Tensor:
         out: Tensor = torch.ops.attnfuse.attention(
-            *x, [], [], None, "s*0.1 where n < 60 else -inf", [0, 1, 2, 3], ops.ABI
+            *x, [], [], [], None, "s*0.1 where n < 60 else -inf", [0, 1, 2, 3], ops.ABI
         )[0]
         return out
 

@@ -1,0 +1,133 @@
+"""Attention alone under sparse masks: dense PyTorch masks as a model builds them, and FlexAttention with the same mask by hand."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Any, ClassVar
+
+import torch
+from torch import Tensor
+from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
+from torch.nn.functional import scaled_dot_product_attention
+
+from benchmarks.subjects import Variant
+
+B, H, D = 1, 8, 64
+
+
+def window(document: Tensor) -> Tensor:
+    """The last 512 keys."""
+    i = torch.arange(document.shape[1])
+    return (i[None] <= i[:, None]) & (i[:, None] - i[None] < 512)
+
+
+def packed(document: Tensor) -> Tensor:
+    """Causal within a document."""
+    i = torch.arange(document.shape[1])
+    return ((document[:, :, None] == document[:, None, :]) & (i[None] <= i[:, None]))[:, None]
+
+
+def longformer(document: Tensor) -> Tensor:
+    """A window of 256 to both sides, and the first 64 tokens everywhere."""
+    i = torch.arange(document.shape[1])
+    return ((i[:, None] - i[None]).abs() <= 256) | (i[None] < 64) | (i[:, None] < 64)
+
+
+def _window_mod(document: Tensor) -> Any:
+    return lambda b, h, m, n: (n <= m) & (m - n < 512)
+
+
+def _packed_mod(document: Tensor) -> Any:
+    return lambda b, h, m, n: (document[b, m] == document[b, n]) & (n <= m)
+
+
+def _longformer_mod(document: Tensor) -> Any:
+    return lambda b, h, m, n: ((m - n).abs() <= 256) | (n < 64) | (m < 64)
+
+
+MASKS = {"window": (window, _window_mod), "packed": (packed, _packed_mod), "longformer": (longformer, _longformer_mod)}
+
+
+def documents(length: int) -> Tensor:
+    """Ids of documents of 100 to 2,000 tokens, in order."""
+    lengths = torch.randint(100, 2000, (length // 100,), generator=torch.Generator().manual_seed(3))
+    return torch.arange(len(lengths)).repeat_interleave(lengths)[:length][None]
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * D**-0.5).masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@dataclass(frozen=True)
+class Sparse:
+    """Attention under one of `MASKS`, its mask built in the call; FlexAttention's block mask is built once before.
+
+    Args:
+        training: the gradients of q, k and v too.
+    """
+
+    mask: str
+    length: int
+    training: bool
+    dtype: torch.dtype
+    attentions: ClassVar = ("eager", "sdpa")
+
+    checked: ClassVar = 1024
+    """The length at which results are compared: a dense one in float64 takes gigabytes at the others."""
+
+    def start(self, variant: Variant) -> tuple[Callable[[], object], Callable[[], dict[str, Tensor]]]:
+        """What to time, and what gives the results to compare."""
+        results = replace(self, length=self.checked).step(variant)
+        names = ("out", "dq", "dk", "dv")
+
+        def named() -> dict[str, Tensor]:
+            return {name: x.detach() for name, x in zip(names, results(), strict=False)}
+
+        return (results if variant.exact else self.step(variant)), named
+
+    def step(self, variant: Variant) -> Callable[[], list[Tensor]]:
+        """The output, and the gradients where they are wanted."""
+        generator = torch.Generator().manual_seed(0)
+        dtype = torch.float64 if variant.exact else self.dtype
+        q, k, v = (torch.randn(B, self.length, H, D, generator=generator).to(self.dtype).to(dtype) for _ in range(3))
+        q, k, v = (x.transpose(1, 2).requires_grad_(self.training) for x in (q, k, v))
+        call = self.call(variant)
+
+        def run() -> list[Tensor]:
+            out = call(q, k, v)
+            return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))] if self.training else [out]
+
+        return run
+
+    def call(self, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
+        """Attention of q, k and v as a variant computes it."""
+        document = documents(self.length)
+        build, _ = MASKS[self.mask]
+        if variant.attention == "flex":
+            blocks = self.block_mask()
+            compiled = torch.compile(flex_attention, dynamic=False)
+            return lambda q, k, v: compiled(q, k, v, block_mask=blocks)  # type: ignore[return-value]
+        spelled = eager if variant.attention == "eager" else sdpa
+
+        def attention(q: Tensor, k: Tensor, v: Tensor, document: Tensor) -> Tensor:
+            return spelled(q, k, v, build(document))
+
+        run = attention if variant.backend is None else torch.compile(attention, backend=variant.backend, dynamic=False)
+        return lambda q, k, v: run(q, k, v, document)
+
+    def block_mask(self) -> BlockMask:
+        """FlexAttention's description of the mask."""
+        _, by_index = MASKS[self.mask]
+        return create_block_mask(by_index(documents(self.length)), B, None, self.length, self.length, device="cpu")
+
+    def seconds_of_block_mask(self) -> float:
+        """What that takes; it is not in the times of the calls."""
+        start = time.perf_counter()
+        self.block_mask()
+        return time.perf_counter() - start
