@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from attnfuse.explain import explain
     from attnfuse.integrations import register_with_accelerate
     from attnfuse.ops import attention
+    from attnfuse.pictures import tile_map
     from attnfuse.remark import Remark, Report
     from attnfuse.spec import AttentionSpec
 
@@ -29,6 +30,7 @@ __all__ = [
     "attention",
     "explain",
     "register_with_accelerate",
+    "tile_map",
 ]
 
 _HOME = {
@@ -38,6 +40,7 @@ _HOME = {
     "attention": "attnfuse.ops",
     "explain": "attnfuse.explain",
     "register_with_accelerate": "attnfuse.integrations",
+    "tile_map": "attnfuse.pictures",
 }
 
 

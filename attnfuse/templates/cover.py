@@ -287,9 +287,9 @@ def _alike(found: Tensor) -> Iterator[tuple[int, int]]:
 @lru_cache(maxsize=64)
 def _index_parts(text: str, shape: Shape, sizes: tuple[int, ...], lo: int, hi: int) -> _Parts:
     """The parts of a run where indices and sizes decide the mask."""
+    _, rows = index_rows(text, shape, sizes, lo, hi)
     cells = ((0, 1), (0, shape.H), (0, shape.M), (0, shape.N))
     block = Block({}, named_sizes(shape, sizes), cells, torch.device("cpu"), torch.float32)
-    _, rows = index_rows(text, shape, sizes, lo, hi)
     return _parts(classes(text, block, tile_lists.TILES), rows, shape.Hkv)
 
 

@@ -14,10 +14,10 @@ import torch
 from torch import Tensor
 
 from attnfuse.score import Program, S, Tier, loads
-from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.spec import AttentionSpec, parse_spec
 from attnfuse.templates.base import Tiles
-from attnfuse.templates.evaluate import Block, named_sizes, varies
-from attnfuse.templates.tile_map import EMPTY, FULL, PARTIAL, classes
+from attnfuse.templates.evaluate import varies
+from attnfuse.templates.tile_map import EMPTY, FULL, PARTIAL, classes_of_cells
 from attnfuse.tiles import bounds
 
 # Rows and keys of the tiles of every map; the tiles of kernels divide them.
@@ -75,11 +75,9 @@ def lists_of(
     Args:
         shape: B, H, Hkv, M, N.
     """
-    B, H, Hkv, M, N = shape
+    *_, M, N = shape
     named = {leaf.name: x for leaf, x in zip(parse_spec(text).leaves, leaves, strict=True)}
-    cells = ((0, B), (0, H), (0, M), (0, N))
-    block = Block(named, named_sizes(Shape(B, H, Hkv, M, N, 0, 0), sizes), cells, device, torch.float32)
-    kinds = classes(text, block, TILES)
+    kinds = classes_of_cells(text, named, sizes, shape, TILES, device)
     kinds = kinds.expand(*list_shapes(text, shape)[0][:2], -1, -1)
     return _listed(kinds, whole=N % TILES.block_n == 0), _listed(kinds.mT, whole=M % TILES.block_m == 0)
 

@@ -8,7 +8,7 @@ FULL are proven so; what is not decided is PARTIAL.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, reduce
 from itertools import product
@@ -18,9 +18,9 @@ import torch
 from torch import Tensor
 
 from attnfuse.score import COMPARISONS, Call, Expr, Linear, Load, Program, S, Var, call, linear, loads
-from attnfuse.spec import AttentionSpec, parse_spec
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.base import Tiles
-from attnfuse.templates.evaluate import Block, Evaluator, Ranges, Value, varies
+from attnfuse.templates.evaluate import Block, Evaluator, Ranges, Value, named_sizes, varies
 
 EMPTY: Final = 0
 PARTIAL: Final = 1
@@ -467,3 +467,18 @@ def classes(text: str, block: Block, tiles: Tiles) -> Tensor:
         found.append((low + high).to(torch.uint8).expand(-1, -1, -(-(rows[1] - first) // tiles.block_m), width))
     assert sum(x.shape[2] for x in found) == height
     return found[0] if len(found) == 1 else torch.cat(found, 2)
+
+
+def classes_of_cells(
+    text: str,
+    leaves: Mapping[str, Tensor],
+    sizes: tuple[int, ...],
+    shape: Sequence[int],
+    tiles: Tiles,
+    device: torch.device | None = None,
+) -> Tensor:
+    """`classes` of all cells of B, H, Hkv, M, N, for expressions in fp32; on the CPU unless told otherwise."""
+    B, H, Hkv, M, N = shape
+    named = named_sizes(Shape(B, H, Hkv, M, N, 0, 0), sizes)
+    cells = ((0, B), (0, H), (0, M), (0, N))
+    return classes(text, Block(leaves, named, cells, device or torch.device("cpu"), torch.float32), tiles)
