@@ -46,7 +46,7 @@ def test_of_a_mask_that_reads_leaves() -> None:
     # the token in the middle of the second sequence
     assert found.text(0).splitlines()[7] == "▒·····▒█"
     assert found.text(1).splitlines()[7] == "▒··▒··▒█"
-    with pytest.raises(ValueError, match=r"the mask reads pad: bool\\[:, :\\]: give it by name, pad=…"):
+    with pytest.raises(ValueError, match=r"the mask reads pad: bool\[:, :\]: give it by name, pad=…"):
         attnfuse.tile_map(remark)
 
 
