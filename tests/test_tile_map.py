@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 from attnfuse.reference import Evaluator as Reference
 from attnfuse.score import Expr, Program, S, Tier
 from attnfuse.spec import AttentionSpec, Shape
-from attnfuse.templates import cover, tile_lists
+from attnfuse.templates import cover, flash_step, tile_lists
 from attnfuse.templates.base import Tiles
 from attnfuse.templates.cover import block_of
 from attnfuse.templates.tile_map import EMPTY, FULL, classes
@@ -245,3 +245,21 @@ def test_the_tile_map_of_a_long_sequence_is_small() -> None:
     with Largest() as seen:
         classes_of(call, Tiles(128, 128))
     assert seen.any <= 8192 * 8
+
+
+def test_masks_of_blocks_are_kept_up_to_a_size(monkeypatch: pytest.MonkeyPatch) -> None:
+    kept = flash_step._Kept(100_000)
+    monkeypatch.setattr(flash_step, "_KEPT", kept)
+    calls = [
+        made(f"s*{scale} where abs(m - n) <= 32 | n % 200 == 0 else -inf", Shape(1, 2, 2, 512, 512, 8, 8))
+        for scale in (0.5, 0.25, 0.125)
+    ]
+    for call in (*calls, calls[0]):
+        hold_to_oracle(call)
+        assert 0 < kept.elements <= 100_000
+        assert kept.elements == sum(size for _, size in kept.groups.values())
+    small = made("s where n <= m & n > m - 40 else -inf", Shape(1, 1, 1, 128, 128, 8, 8))
+    monkeypatch.undo()
+    first, _ = small.run()
+    monkeypatch.setattr(flash_step, "_masked", lambda *_, **__: pytest.fail("a mask was made again"))
+    assert torch.equal(small.run()[0], first)

@@ -7,7 +7,8 @@ one square, all its keys being real ones, is handed to the kernel as it is (`dir
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections import OrderedDict
+from collections.abc import Hashable, Iterator
 from functools import cache, lru_cache, reduce
 from typing import Final, NamedTuple
 
@@ -156,7 +157,45 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Gr
             yield _Group(block, ())
             continue
         may_be_empty = run.holes or not segment.exact
-        yield _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
+        if plan.bias is not None or run.holes or not work.mask.from_sizes:
+            yield _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
+            continue
+        call = work.inputs.text, work.shape, work.inputs.sizes, work.dtype
+        key = (*call, run[:4], block, keys.spans, keys.masked, may_be_empty)
+        found = _KEPT.get(key)
+        if found is None:
+            found = _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
+            _KEPT.put(key, found)
+        yield found
+
+
+class _Kept:
+    """The masks of blocks that indices and sizes decide, the last ones used, up to a number of elements in all."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.elements = 0
+        self.groups: OrderedDict[Hashable, tuple[_Group, int]] = OrderedDict()
+
+    def get(self, key: Hashable) -> _Group | None:
+        found = self.groups.pop(key, None)
+        if found is None:
+            return None
+        self.groups[key] = found
+        return found[0]
+
+    def put(self, key: Hashable, group: _Group) -> None:
+        masks = [part.mask for part in group.parts if part.mask is not None]
+        # what broadcasts is in memory once
+        size = sum(mask.untyped_storage().nbytes() // mask.element_size() for mask in masks)
+        self.groups[key] = group, size
+        self.elements += size
+        while self.elements > self.most:
+            _, (_, size) = self.groups.popitem(last=False)
+            self.elements -= size
+
+
+_KEPT: Final = _Kept(1 << 24)
 
 
 def _masked(
