@@ -207,6 +207,34 @@ def test_scores_that_are_minus_infinity_all_along_a_row() -> None:
         check(lambda q, k, v, bias: attention(q, k, v, bias), *given, options={"inline_scores": 0}, gradients=False)
 
 
+def test_a_copy_is_not_shared_across_a_write_that_nothing_read_before() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, given: Tensor) -> tuple[Tensor, Tensor]:
+        bias = given.clone()
+        first = attention(q, k, v, bias.mT)
+        bias.mul_(-0.5)
+        return first, attention(q.exp(), k, v, bias.mT)
+
+    for options in ({}, {"inline_scores": 0}):
+        check(run, *qkv(), randn(2, 4, M, M, seed=5), options=options)
+
+
+def test_a_copy_that_is_made_without_gradient_is_not_shared() -> None:
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        with torch.no_grad():
+            teacher = attention(q, k, v, bias.mT)
+        return attention(teacher + q, k, v, bias.mT)
+
+    check(run, *qkv(), randn(2, 4, M, M, seed=5), options={"inline_scores": 0})
+
+
+def test_rows_of_minus_infinity_in_what_is_learned() -> None:
+    """A parameter that asks for a gradient, as one made of a mask does by default."""
+    table = torch.zeros(5, 4)
+    table[:3] = -torch.inf
+    for fn in (chosen, gathered):
+        check(Learned(fn, table), *qkv(), PAD, gradients=False)
+
+
 # --- alternatives ----------------------------------------------------------------------------------------------------
 
 

@@ -76,6 +76,9 @@ def _check_writes(site: Site, last: int) -> None:
         for load in loads(expr):
             source = site.scope.table.leaves[load.leaf]
             inner = source.scope.storage
+            if inner.is_input(source.node) and inner.writes(source.node) and _wants_gradients(site):
+                # the graph writes to it in the end, and the backward, which reads it, comes later still (torch 2.13)
+                raise Miss("AF026", source.node, f"writes to the input `{source.node.name}`, which the backward reads")
             same_scope = source.scope is site.scope
             used = set(between(source.node, site.anchor)) if same_scope else set(source.node.users)
             readers = [inner.position[u] for u in source.node.users if u in used]
@@ -87,6 +90,13 @@ def _check_writes(site: Site, last: int) -> None:
                 if max(readers) > late[0] or not same_scope or elsewhere:
                     raise Miss("AF026", written, f"writes to the mask's `{source.node.name}`")
                 site.overwritten[source] = written
+
+
+def _wants_gradients(site: Site) -> bool:
+    operands = (site.q.node, site.k.node, site.v.node)
+    return (
+        torch.is_grad_enabled() and any(map(site.scope.may_require_grad, operands)) and not cuts_gradient(site.anchor)
+    )
 
 
 def _position_within(inner: Scope, outer: Scope) -> int:

@@ -137,6 +137,10 @@ class Storage:
         """Positions of all writes to the node's storage."""
         return self._writes.get(self._root[node], [])
 
+    def is_input(self, node: fx.Node) -> bool:
+        """Whether the node's storage is an input's."""
+        return self._root[node].op == "placeholder"
+
     def entangled(self, node: fx.Node) -> bool:
         """Whether the node's storage may be another one's too, which came out of something that nobody looks into."""
         return self._root[node] in self._entangled

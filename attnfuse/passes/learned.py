@@ -1,7 +1,7 @@
 """How large the numbers of a leaf are: what is learned, and what is made of constants.
 
-A parameter that asks for a gradient, and what is gathered or interpolated from it (position tables, slopes), is taken to be as
-common as the scores, which come out of parameters too; a mask has no gradient.
+A parameter that asks for a gradient and holds common numbers when it is looked at, and what is gathered or interpolated from it
+(position tables, slopes), is taken to stay as common as the scores, which come out of parameters too.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any, Final
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from attnfuse.passes.graph import fake, is_tensor, packet
 from attnfuse.passes.lift import Scope
@@ -19,8 +20,8 @@ from attnfuse.score import Load
 
 __all__ = ["COMMON", "greatest_of"]
 
-# What scores, and numbers as common as they, are taken to be at most.
-COMMON: Final = 2.0**20
+# What scores, and numbers as common as they, are taken to be at most; it fits float16.
+COMMON: Final = 2.0**15
 _MOVES: Final = (
     *VIEWS,
     "to",
@@ -52,8 +53,8 @@ def greatest_of(scope: Scope, is_common: Callable[[Load], bool] = lambda load: F
             return 0.0
         if is_common(load) or _is_learned(source.scope, source.node):
             return COMMON
-        known = _constant(source.scope, source.node)
-        return scope.lifter.greatest(load) if known is None else float(known.abs().max()) if known.numel() else 0.0
+        known = _largest_constant(source.scope, source.node)
+        return scope.lifter.greatest(load) if known is None else known
 
     return greatest
 
@@ -66,8 +67,7 @@ def _is_learned(scope: Scope, node: fx.Node) -> bool:
             return False
         name = packet(at)
         if at.op == "placeholder" and scope.outer is None:
-            given = at.meta.get("example_value")
-            if not isinstance(given, torch.nn.Parameter) or not given.requires_grad:
+            if not _learns(at):
                 return False
         elif name in _MOVES or name in _MEANS or name == "embedding":
             moved = at.args[0] if name == "cat" else at.args[:1]
@@ -79,8 +79,32 @@ def _is_learned(scope: Scope, node: fx.Node) -> bool:
     return True
 
 
-def _constant(scope: Scope, node: fx.Node) -> torch.Tensor | None:
-    """The values of a tensor that no input of the graph goes into, on the CPU; None where it is not made so, or large."""
+def _learns(placeholder: fx.Node) -> bool:
+    """Whether an input is a parameter that asks for a gradient, of common numbers: someone may have made one of a mask."""
+    given = placeholder.meta.get("example_value")
+    if not isinstance(given, torch.nn.Parameter) or not given.requires_grad:
+        return False
+    held = getattr(placeholder.meta.get("grapharg"), "example", None)
+    if not isinstance(held, torch.Tensor) or isinstance(held, FakeTensor) or held.is_meta:
+        return False
+    return not held.numel() or bool((held.detach().abs() <= COMMON).all())
+
+
+def _largest_constant(scope: Scope, node: fx.Node) -> float | None:
+    """The greatest magnitude in a tensor that no input of the graph goes into; None where it is not made so, or large."""
+    known = scope.constants
+    if node not in known:
+        steps = _steps_to(scope, node)
+        try:
+            known[node] = None if steps is None else _largest(scope, steps)
+        except Exception:
+            # a constant that cannot be had here is not known
+            known[node] = None
+    return known[node]
+
+
+def _steps_to(scope: Scope, node: fx.Node) -> list[fx.Node] | None:
+    """The nodes that a tensor is made by, the last first, where no input, no memory and no chance goes into it."""
     steps: list[fx.Node] = []
     todo = [node]
     while todo:
@@ -92,22 +116,28 @@ def _constant(scope: Scope, node: fx.Node) -> torch.Tensor | None:
             isinstance(overload, torch._ops.OpOverload)
             and not overload._schema.is_mutable
             and torch.Tag.nondeterministic_seeded not in overload.tags
+            and "empty" not in packet(at)
         )
         large = is_tensor(at) and not _is_small(at)
         if not plain or large or len(steps) == _MOST_STEPS or (is_tensor(at) and scope.storage.writes(at)):
             return None
         steps.append(at)
         todo.extend(at.all_input_nodes)
+    return steps
+
+
+def _largest(scope: Scope, steps: list[fx.Node]) -> float:
     values: dict[fx.Node, Any] = {}
-    order = {at: place for place, at in enumerate(scope.module.graph.nodes)}
-    try:
-        for at in sorted(steps, key=order.__getitem__):
+
+    def value(at: fx.Node) -> Any:
+        if at not in values:
+            for above in at.all_input_nodes:
+                value(above)
             values[at] = _computed(scope, at, values)
-    except Exception:
-        # a constant that cannot be had here is not known
-        return None
-    found = values[node]
-    return found if isinstance(found, torch.Tensor) else None
+        return values[at]
+
+    found = value(steps[0])
+    return float(found.abs().max()) if found.numel() else 0.0
 
 
 def _is_small(node: fx.Node) -> bool:

@@ -135,6 +135,8 @@ class Scope:
         """Outputs of attentions that have been rewritten, with what stands in their place."""
         self.written: dict[object, list[fx.Node]] = {}
         """What has been written into the graph for several attentions: tile maps by their masks, leaves in the order of axes."""
+        self.constants: dict[fx.Node, float | None] = {}
+        """The greatest magnitude in tensors that are made of constants; see `learned`."""
         self._may_require_grad: dict[fx.Node, bool] = {}
         self.lifter = Lifter(self)
 
@@ -362,7 +364,7 @@ class Lifter:
 
     def _is_dense_sum(self, node: fx.Node, expr: Expr, used: frozenset[str]) -> bool:
         """Whether arithmetic on tensors with an element for each row and key gives no larger one: it is read once, not twice."""
-        if not fake(node).dtype.is_floating_point or packet(node) not in ("add", "sub") or used > {*_AXES}:
+        if not fake(node).dtype.is_floating_point or packet(node) not in ("add", "sub") or not used <= {*_AXES}:
             return False
         terms = loads(expr)
         dense = [load for load in terms if {str(i) for i in load.indices} == used]

@@ -529,7 +529,7 @@ def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool
     program = program_of(call("add", body, element), dtype, greatest)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
     written = any(isinstance(e, Const) and math.isinf(e.value) for e in walk(element))
-    if loads(element) and (written or any(greatest(load) > ORDINARY for load in loads(element))):
+    if loads(element) and (written or not all(greatest(load) <= ORDINARY for load in loads(element))):
         # a dense mask may itself hold -inf; NaN stays NaN
         tiers.append(Tier(call("ne", element, Const(float("-inf"))), "0row"))
     return Program(program.body, tuple(tiers))

@@ -446,13 +446,13 @@ def _tile_map(
     mask = parse_spec(mask_text(str(spec)))
     read = {leaf.name for leaf in mask.leaves}
     sources = [source for leaf, source in zip(spec.leaves, what.leaves, strict=True) if leaf.name in read]
-    if any(leaf.dtype == "f64" for leaf in mask.leaves) or any(source in site.overwritten for source in sources):
-        # the attention makes it itself, with its own type and of the values that it reads
+    if site.dtype == torch.float64 or any(source.scope.storage.writes(source.node) for source in sources):
+        # the attention makes it itself, in its own type and of the values that it reads
         return []
     shape_ = [_size(emit, node, dim) for node, dim in zip((*(q_and_k[:1] * 2), q_and_k[1]), (0, 1, 1), strict=True)]
     shape_ += [_size(emit, node, 2) for node in q_and_k]
-    numbers = tuple(expr for expr, _, _ in what.sizes)
-    key = (str(mask), tuple(sources), numbers, tuple(map(str, what.shape[:5])))
+    q, k = map(shape, q_and_k)
+    key = (str(mask), tuple(sources), tuple(expr for expr, _, _ in what.sizes), *q[:3], *k[1:3])
     known = scope.written.get(key)
     if known is None or not known[0] < site.place:
         named = [node for leaf, node in zip(spec.leaves, leaves, strict=True) if leaf.name in read]
@@ -478,14 +478,21 @@ def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
     for dim in range(len(shape(source.node)) - 1, -1, -1):
         if dim not in kept:
             node = emit(aten.squeeze.dim, node, dim)
-    return _in_order(emit, node, source, shared=source not in site.overwritten)
+    written = bool(source.scope.storage.writes(source.node))
+    return _in_order(emit, node, source, shared=not written)
 
 
 def _in_order(emit: Emitter, node: fx.Node, source: LeafSource, *, shared: bool) -> fx.Node:
-    """The tensor of a leaf with an element for each row and key, its axes in order, those of one row side by side in memory."""
+    """The tensor of a leaf with an element for each row and key, its axes in order, those of one row side by side in memory.
+
+    Args:
+        shared: whether attentions may read one copy: nothing writes to the source.
+    """
     if not source.order:
         return node
-    known = emit.site.scope.written.get(source)
+    # a copy that is made under no_grad has no gradient
+    key = (source, emit.site.out.meta.get("attnfuse_no_grad"))
+    known = emit.site.scope.written.get(key)
     if shared and known is not None and known[0] < emit.site.place:
         return known[0]
     for dim in range(len(source.parts) - 1, -1, -1):
@@ -495,8 +502,8 @@ def _in_order(emit: Emitter, node: fx.Node, source: LeafSource, *, shared: bool)
         node = emit(aten.permute.default, node, list(source.order))
     if not same(sizes_of(fake(node).stride())[-1], 1):
         node = emit(aten.clone.default, node, memory_format=torch.contiguous_format)
-    if shared:
-        emit.site.scope.written[source] = [node]
+        if shared:
+            emit.site.scope.written[key] = [node]
     return node
 
 

@@ -138,7 +138,7 @@ def _computed(node: fx.Node, env: Mapping[fx.Node, Any], double: bool) -> Any:
         return args[0]
     if node.target is torch.ops.attnfuse.attention.default:
         spec = parse_spec(args[7])
-        args = (*args[:5], [], None, str(AttentionSpec(spec.program, spec.leaves)), *args[8:])
+        args = (*args[:5], [] if double else args[5], None, str(AttentionSpec(spec.program, spec.leaves)), *args[8:])
     elif name.startswith("scaled_dot_product_attention"):
         args = (*args[:4], 0.0, *args[5:])
         kwargs = {k: v for k, v in kwargs.items() if k != "dropout_p"}

@@ -51,7 +51,7 @@ class Inputs(NamedTuple):
 
     Args:
         text: the spec's text, the key of every cache.
-        tiles: the tile map of rows and of keys (`tile_map.lists_of`), or nothing.
+        tiles: the tile map of rows and of keys (`tile_lists.lists_of`), or nothing.
     """
 
     spec: AttentionSpec

@@ -243,7 +243,7 @@ def _in_tiles(inputs: Inputs, whole: Run) -> list[Run]:
         kinds = classes_of(inputs.tiles[0])
         some = kinds[whole.b0 : whole.b1] if len(kinds) > 1 else kinds
         parts = _parts(some, whole.rows, shape.Hkv)
-    elif mask_of(inputs.text).from_sizes and not whole.holes:
+    elif not tile_lists.reads_leaves(inputs.spec):
         parts = _index_parts(inputs.text, shape, inputs.sizes, whole.lo, whole.hi)
     else:
         cells = ((whole.b0, whole.b1), (0, shape.H), (0, shape.M), (0, shape.N))

@@ -239,7 +239,7 @@ def _masked(
         c0, c1 = columns_of(pieces[0][1].expand(-1, -1, -1, keys.count))
         if c0 == c1:
             return _Group(rows, ())
-        keys, mask = keys.without_ends(c0, c1), mask[..., c0:c1]
+        keys, mask = keys.cut(c0, c1), mask[..., c0:c1]
     part = _Part(keys, causal, mask.expand(*shape, keys.count))
     return _Group(rows, (part,), empty, may_be_dead=plan.bias is not None)
 

@@ -82,7 +82,7 @@ class Keys:
             before += n1 - n0
         raise ValueError(f"{part} lies in none of {self.spans}")
 
-    def without_ends(self, c0: int, c1: int) -> Keys:
+    def cut(self, c0: int, c1: int) -> Keys:
         """The columns [c0, c1) of one span, all of them masked."""
         ((n0, _),) = self.spans
         return Keys(((n0 + c0, n0 + c1),), ((n0 + c0, n0 + c1),)) if c0 < c1 else Keys((), ())

@@ -68,7 +68,7 @@ def _keys(work: Work, run: Run, rows: tuple[int, int]) -> tuple[Keys, list[tuple
     if len(keys.spans) == 1 and keys.masked == keys.spans and found[0][1] is not None:
         allowed = found[0][1].expand(-1, -1, -1, keys.count)
         c0, c1 = columns_of(allowed)
-        return keys.without_ends(c0, c1), [(0, c1 - c0, allowed[..., c0:c1])] * (c0 < c1)
+        return keys.cut(c0, c1), [(0, c1 - c0, allowed[..., c0:c1])] * (c0 < c1)
     return keys, [(*keys.columns(part), x) for part, x in found if x is not None]
 
 

@@ -86,45 +86,85 @@ class _Step:
     out: int
 
 
+# Terms with their factors.
+_Sum = tuple[tuple[Expr, int], ...]
+
+
+class _Side:
+    """What depends on rows alone, or on keys alone: sums of terms, computed cell by cell before they are bounded."""
+
+    def __init__(self) -> None:
+        self.sums: list[_Sum] = []
+        self._terms: dict[Expr, int] = {}
+
+    def finish(self, spec: AttentionSpec) -> None:
+        """Compiles the terms."""
+        for terms in self.sums:
+            for term, _ in terms:
+                self._terms.setdefault(term, len(self._terms))
+        self._values = Evaluator(spec, list(self._terms))
+
+    def bounds(self, block: Block, along: tuple[int, int]) -> list[Bound]:
+        """The bounds of the sums in tiles of some width along an axis of the block."""
+        values = self._values(block)
+        out = []
+        for terms in self.sums:
+            found = [(values[self._terms[term]], factor) for term, factor in terms]
+            if len(found) == 1 and found[0][1] == 1:
+                out.append(_reduced(found[0][0], block, along))
+                continue
+            # in fp64, where a sum of integers does not wrap around
+            total = torch.zeros((1, 1, 1, 1), dtype=torch.float64, device=block.device)
+            for value, factor in found:
+                x = value if isinstance(value, Tensor) else torch.full_like(total, value)
+                total = _certain(total + _certain(_exactly(x) * factor))
+            out.append(Bound(*_least_and_greatest(total, along)))
+        return out
+
+
 class TileBounds:
     """A truth value of a spec, bounded in every tile."""
 
     def __init__(self, spec: AttentionSpec, expr: Expr) -> None:
         self._spec = spec
         self._steps: list[_Step] = []
-        self._registers: dict[Expr, int] = {}
-        self._sides: tuple[list[Expr], list[Expr]] = ([], [])
+        self._registers: dict[Expr | _Sum, int] = {}
+        self._sides = (_Side(), _Side())
         self.reads_cells = False
         self._out = self._compile(expr)
-        self._of_sides = tuple(Evaluator(spec, side) for side in self._sides)
+        for side in self._sides:
+            side.finish(spec)
 
     def keys(self, grid: _Grid) -> list[Bound]:
         """What depends on keys alone: the same for all rows."""
-        values = self._of_sides[1](grid.keys)
-        return [_reduced(x, grid.block, (3, grid.tiles.block_n)) for x in values]
+        return self._sides[1].bounds(grid.keys, (3, grid.tiles.block_n))
 
     def __call__(self, grid: _Grid, keys: list[Bound]) -> Bound:
         """The bound on some rows."""
         registers: list[Bound | None] = [None] * len(self._registers)
-        values = self._of_sides[0](grid.rows)
-        rows = [_reduced(x, grid.block, (2, grid.tiles.block_m)) for x in values]
+        rows = self._sides[0].bounds(grid.rows, (2, grid.tiles.block_m))
         for side, found in zip(self._sides, (rows, keys), strict=True):
-            for expr, bound in zip(side, found, strict=True):
-                registers[self._registers[expr]] = bound
+            for sum_, bound in zip(side.sums, found, strict=True):
+                registers[self._registers[sum_]] = bound
         for step in self._steps:
             registers[step.out] = step.run(grid, *(registers[a] for a in step.args))
         out = registers[self._out]
         assert out is not None
         return out
 
+    def _on_side(self, name: str, terms: _Sum) -> int:
+        """A sum of terms that depend on rows alone, or on keys alone."""
+        if terms not in self._registers:
+            self._sides[name == "n"].sums.append(terms)
+            self._registers[terms] = len(self._registers)
+        return self._registers[terms]
+
     def _compile(self, expr: Expr) -> int:
         if expr in self._registers:
             return self._registers[expr]
         axes = varies(expr)
         if not {"m", "n"} <= axes:
-            self._sides["n" in axes].append(expr)
-            out = self._registers[expr] = len(self._registers)
-            return out
+            return self._on_side("n" if "n" in axes else "m", ((expr, 1),))
         args: tuple[int, ...]
         if isinstance(expr, Load):
             args, run = self._load(expr)
@@ -162,7 +202,7 @@ class TileBounds:
 
     def _sum(self, form: Linear) -> tuple[tuple[int, ...], Callable[..., Bound]]:
         """A sum whose terms of rows alone, and of keys alone, are added up before they are bounded."""
-        parts: dict[str, Linear] = {}
+        parts: dict[str, _Sum] = {}
         both: list[tuple[Expr, int]] = []
         for atom, factor in form.terms.items():
             axes = varies(atom)
@@ -170,9 +210,9 @@ class TileBounds:
                 both.append((atom, factor))
                 continue
             side = "n" if "n" in axes else "m"
-            parts[side] = parts.get(side, Linear({}, 0)).plus(Linear({atom: factor}, 0))
+            parts[side] = (*parts.get(side, ()), (atom, factor))
         factors = [1] * len(parts) + [factor for _, factor in both]
-        args = [self._compile(part.expr()) for part in parts.values()] + [self._compile(atom) for atom, _ in both]
+        args = [self._on_side(*part) for part in parts.items()] + [self._compile(atom) for atom, _ in both]
 
         def run(grid: _Grid, *terms: Bound) -> Bound:
             out = grid.constant(form.constant, form.constant)
@@ -237,14 +277,19 @@ def _reduced(x: Value, block: Block, *along: tuple[int, int]) -> Bound:
     """The bound of values in tiles of some width along some axes of [b, h, m, n]."""
     if not isinstance(x, Tensor):
         x = torch.full((1, 1, 1, 1), x, dtype=block.dtype if isinstance(x, float) else torch.int64, device=block.device)
-    low = high = x.view(torch.uint8) if x.dtype == torch.bool else x
-    for dim, width in along:
-        if x.shape[dim] > 1:
-            low, high = (_in_tiles(part, dim, width, f) for part, f in ((low, torch.amin), (high, torch.amax)))
+    low, high = _least_and_greatest(x.view(torch.uint8) if x.dtype == torch.bool else x, *along)
     if x.is_floating_point():
         # as the score reads it
         low, high = low.to(block.dtype), high.to(block.dtype)
     return Bound(_exactly(low), _exactly(high))
+
+
+def _least_and_greatest(x: Tensor, *along: tuple[int, int]) -> tuple[Tensor, Tensor]:
+    low = high = x
+    for dim, width in along:
+        if x.shape[dim] > 1:
+            low, high = (_in_tiles(part, dim, width, f) for part, f in ((low, torch.amin), (high, torch.amax)))
+    return low, high
 
 
 def _in_tiles(x: Tensor, dim: int, width: int, function: Callable[..., Tensor]) -> Tensor:
