@@ -235,6 +235,21 @@ def test_rows_of_minus_infinity_in_what_is_learned() -> None:
         check(Learned(fn, table), *qkv(), PAD, gradients=False)
 
 
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16], ids=str)
+def test_narrow_biases_may_be_infinite(dtype: torch.dtype) -> None:
+    """Beside padding, where nothing but the type bounds them."""
+    bias = torch.zeros(M, M)
+    bias[:, 0] = -torch.inf
+    bias[2] = -torch.inf
+
+    def run(q: Tensor, k: Tensor, v: Tensor, bias: Tensor, pad: Tensor) -> Tensor:
+        mask = torch.where(pad, 0.0, torch.finfo(dtype).min)[:, None, None, :]
+        return attention(q, k, v, bias.to(dtype).to(q.dtype) + mask.to(q.dtype))
+
+    (remark,) = check(run, *qkv(dtype=dtype), bias, PAD, gradients=False).remarks
+    assert "else +min" not in str(remark.score)
+
+
 # --- alternatives ----------------------------------------------------------------------------------------------------
 
 

@@ -202,32 +202,32 @@ def identity(x: Tensor) -> Tensor:
 # Views
 
 
-@lifted("x[n, m]")
+@lifted("x[m, n]")
 def transposed(x: Tensor) -> Tensor:
     return x.transpose(0, 1)
 
 
-@lifted("x[n, m]")
+@lifted("x[m, n]")
 def matrix_transposed(x: Tensor) -> Tensor:
     return x.mT
 
 
-@lifted("x[n, m]")
+@lifted("x[m, n]")
 def transposed_whole(x: Tensor) -> Tensor:
     return x.T
 
 
-@lifted("x[n, m]")
+@lifted("x[m, n]")
 def axes_swapped(x: Tensor) -> Tensor:
     return x.swapaxes(-1, 0)
 
 
-@lifted("x[m, n, h]", randn(3, 5, 2))
+@lifted("x[h, m, n]", randn(3, 5, 2))
 def permuted(x: Tensor) -> Tensor:
     return x.permute(2, 0, -2)
 
 
-@lifted("x[n, h, m]", randn(3, 5, 2))
+@lifted("x[h, m, n]", randn(3, 5, 2))
 def dimension_moved(x: Tensor) -> Tensor:
     return x.movedim(0, -1)
 
@@ -247,7 +247,7 @@ def broadcast_to(x: Tensor) -> Tensor:
     return x.broadcast_to(3, 5)
 
 
-@lifted("x[h*2 + m, n]", randn(6, 5))
+@lifted("x[h, m, n]", randn(6, 5))
 def dimension_split(x: Tensor) -> Tensor:
     return x.view(3, 2, 5)
 

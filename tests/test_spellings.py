@@ -977,8 +977,7 @@ TABLE = randn(2, 4, 11, 4, seed=21)
 
 
 @spelling(
-    "bias: f32[:, :, :, :]; bias2: f32[:, :, :, :]; pad: bool[:, :];"
-    " s + (bias[b, h, m, n] + bias2[b, h, n, m]) where pad[b, n] else =min",
+    "bias: f32[:, :, :, :]; pad: bool[:, :]; s + bias[b, h, m, n] where pad[b, n] else =min",
     given(TABLE, padding().bool()),
 )
 def padding_over_a_bias_made_of_q_and_k(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:

@@ -6,6 +6,7 @@ A parameter that asks for a gradient and holds common numbers when it is looked 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, Final
 
@@ -41,7 +42,7 @@ _MOST_STEPS: Final = 64
 
 
 def greatest_of(scope: Scope, is_common: Callable[[Load], bool] = lambda load: False) -> Callable[[Load], float]:
-    """The greatest magnitude that a leaf of floating-point numbers holds; 0 for one of other numbers.
+    """The greatest magnitude that a leaf of floating-point numbers holds, inf where it is not known; 0 for one of other numbers.
 
     Args:
         is_common: whether a leaf is known to be as common as the scores for another reason.
@@ -54,7 +55,8 @@ def greatest_of(scope: Scope, is_common: Callable[[Load], bool] = lambda load: F
         if is_common(load) or _is_learned(source.scope, source.node):
             return COMMON
         known = _largest_constant(source.scope, source.node)
-        return scope.lifter.greatest(load) if known is None else known
+        # what is not known may be infinite, whatever its type
+        return math.inf if known is None or math.isnan(known) else known
 
     return greatest
 
