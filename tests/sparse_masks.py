@@ -1,12 +1,16 @@
 """Masks of the literature in the score language, with the leaves that they read."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
 from attnfuse.spec import Shape
+from attnfuse.templates import launch, tile_lists
+from attnfuse.templates.base import Tiles
 
 
 class SparseMask(NamedTuple):
@@ -105,3 +109,14 @@ SPARSE_MASKS: dict[str, SparseMask] = {
     "band by distance": SparseMask("near[abs(m - n)]", "near: bool[:]; ", lambda x: (torch.arange(x.N) % 200 < 30,)),
     "window but for one document": SparseMask("abs(m - n) < 32 & ~(doc[b, n] == 3)", "doc: i64[:, :]; ", _documents),
 }
+
+
+@contextmanager
+def tiles_of(size: int) -> Iterator[None]:
+    """Maps of the Triton kernels have tiles of that size, and are made of few of them too."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(tile_lists, "TILES", Tiles(size, size))
+        patch.setattr(tile_lists, "_FEWEST", 1)
+        launch._index_lists.cache_clear()
+        yield
+    launch._index_lists.cache_clear()

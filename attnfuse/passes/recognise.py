@@ -21,7 +21,7 @@ from attnfuse.passes.graph import between, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, product, same
 from attnfuse.passes.learned import greatest_of
 from attnfuse.passes.lift import Scope
-from attnfuse.passes.magnitude import ORDINARY
+from attnfuse.passes.magnitude import most
 from attnfuse.passes.peel import (
     Beside,
     Descent,
@@ -528,9 +528,8 @@ def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool
     greatest = greatest_of(scope)
     program = program_of(call("add", body, element), dtype, greatest)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
-    written = any(isinstance(e, Const) and math.isinf(e.value) for e in walk(element))
-    if loads(element) and (written or not all(greatest(load) <= ORDINARY for load in loads(element))):
-        # a dense mask may itself hold -inf; NaN stays NaN
+    if loads(element) and not most(program.body, greatest) <= torch.finfo(dtype).max:
+        # a dense mask may itself hold -inf, or arithmetic on data give it; NaN stays NaN
         tiers.append(Tier(call("ne", element, Const(float("-inf"))), "0row"))
     return Program(program.body, tuple(tiers))
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Hashable, Iterator
 from functools import cache, lru_cache, reduce
+from threading import Lock
 from typing import Final, NamedTuple
 
 import torch
@@ -172,27 +173,34 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Gr
 class _Kept:
     """The masks of blocks that indices and sizes decide, the last ones used, up to a number of elements in all."""
 
+    # what is counted for a block beside its mask
+    _ENTRY: Final = 256
+
     def __init__(self, most: int) -> None:
         self.most = most
         self.elements = 0
         self.groups: OrderedDict[Hashable, tuple[_Group, int]] = OrderedDict()
+        self._lock = Lock()
 
     def get(self, key: Hashable) -> _Group | None:
-        found = self.groups.pop(key, None)
-        if found is None:
-            return None
-        self.groups[key] = found
-        return found[0]
+        with self._lock:
+            if key not in self.groups:
+                return None
+            self.groups.move_to_end(key)
+            return self.groups[key][0]
 
     def put(self, key: Hashable, group: _Group) -> None:
         masks = [part.mask for part in group.parts if part.mask is not None]
         # what broadcasts is in memory once
-        size = sum(mask.untyped_storage().nbytes() // mask.element_size() for mask in masks)
-        self.groups[key] = group, size
-        self.elements += size
-        while self.elements > self.most:
-            _, (_, size) = self.groups.popitem(last=False)
-            self.elements -= size
+        size = self._ENTRY + sum(mask.untyped_storage().nbytes() // mask.element_size() for mask in masks)
+        with self._lock:
+            if key in self.groups:
+                return
+            self.groups[key] = group, size
+            self.elements += size
+            while self.elements > self.most:
+                _, (_, size) = self.groups.popitem(last=False)
+                self.elements -= size
 
 
 _KEPT: Final = _Kept(1 << 24)

@@ -193,8 +193,7 @@ class Call:
         found = lists[of == "keys"]
         # what does not vary has one list for all
         strides = [stride if size > 1 else 0 for size, stride in zip(found.shape[:2], found.stride()[:2], strict=True)]
-        width = tile_lists.TILES.block_n if of == "rows" else tile_lists.TILES.block_m
-        return {"Map": found, "MS": (*strides, found.stride(2)), "MAP": width}
+        return {"Map": found, "MS": (*strides, found.stride(2)), "MAP": tile_lists.TILES.block_n}
 
     def _lists(self, packed: bool) -> tuple[Tensor, ...] | None:
         shape, inputs = self.shape, self.inputs

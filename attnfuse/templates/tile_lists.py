@@ -20,7 +20,7 @@ from attnfuse.templates.evaluate import varies
 from attnfuse.templates.tile_map import EMPTY, FULL, PARTIAL, classes_of_cells
 from attnfuse.tiles import bounds
 
-# Rows and keys of the tiles of every map; the tiles of kernels divide them.
+# Rows and keys of the tiles of every map: as many of each, and a multiple of what kernels take.
 TILES: Final = Tiles(128, 128)
 # Fewer tiles are not worth a map.
 _FEWEST: Final = 16

@@ -23,12 +23,14 @@ from tests.families import (
     LAYOUTS,
     SEED,
     SHAPES,
+    Call,
     Leaves,
     hold_to_oracle,
     made,
     values_of,
 )
 from tests.numerics import assert_close
+from tests.sparse_masks import tiles_of
 from tests.strategies import Case, cases
 
 DECODED = {name: shape for name, shape in SHAPES.items() if shape.M * shape.H // shape.Hkv <= 64}
@@ -278,13 +280,7 @@ def test_every_branch_of_every_kernel_is_reached() -> None:
                 if name.isupper() and len(name) > 1:
                     of_kernel.setdefault(name, set()).add(value is not None and value is not False)
 
-    for (text, leaves), shape, layout in (
-        (family, shape, layout)
-        for family in FAMILIES.values()
-        for shape in (*SHAPES.values(), LONG, Shape(1, 2, 2, 64, 64, 16, 16))
-        for layout in (LAYOUTS["contiguous"], LAYOUTS["every other element"])
-    ):
-        call = made(text, shape, tuple(x.requires_grad_(x.is_floating_point()) for x in leaves(shape)))
+    def rehearse(call: Call, shape: Shape, layout: Callable[[Tensor], Tensor]) -> None:
         q, k, v = (layout(x.detach()).requires_grad_() for x in (call.q, call.k, call.v))
         for template in (Flash(), Decode()):
             inputs = Inputs(call.spec, str(call.spec), shape, q, k, v, call.leaves, (), SEED, call.order)
@@ -294,6 +290,18 @@ def test_every_branch_of_every_kernel_is_reached() -> None:
                     wanted = (*needs, *(x.requires_grad for x in call.leaves))
                     given_ = Cotangents(out, lse, out, lse if needs[0] else None, wanted)
                     template.backward(inputs, given_)
+
+    for (text, leaves), shape, layout in (
+        (family, shape, layout)
+        for family in FAMILIES.values()
+        for shape in (*SHAPES.values(), LONG, Shape(1, 2, 2, 64, 64, 16, 16))
+        for layout in (LAYOUTS["contiguous"], LAYOUTS["every other element"])
+    ):
+        wanted = tuple(x.requires_grad_(x.is_floating_point()) for x in leaves(shape))
+        rehearse(made(text, shape, wanted), shape, layout)
+    with tiles_of(32):
+        for shape in (Shape(1, 2, 2, 96, 96, 16, 16), Shape(1, 2, 2, 100, 100, 16, 16)):
+            rehearse(made("s*0.25 where abs(m - n) < 9 | n < 5 else -inf", shape), shape, LAYOUTS["contiguous"])
     kernels = {
         name: fn
         for module in (forward, backward, empty_rows)

@@ -1,31 +1,19 @@
 """The Triton kernels over the lists of a tile map, in the interpreter: results, what is not read, tiles of any size."""
 
 from collections.abc import Iterator
-from contextlib import contextmanager
 
 import pytest
 import torch
 from torch import Tensor
 
 from attnfuse.spec import Shape
-from attnfuse.templates import launch, tile_lists, tuning
-from attnfuse.templates.base import Kernel, Tiles
+from attnfuse.templates import tuning
+from attnfuse.templates.base import Kernel
 from attnfuse.templates.tuning import Config
 from tests.families import Call, hold_to_oracle, made
-from tests.sparse_masks import SPARSE_MASKS, SparseMask
+from tests.sparse_masks import SPARSE_MASKS, SparseMask, tiles_of
 
 SHAPE = Shape(2, 4, 2, 160, 160, 16, 16)
-
-
-@contextmanager
-def tiles_of(size: int) -> Iterator[None]:
-    """Maps with tiles of that size."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(tile_lists, "TILES", Tiles(size, size))
-        patch.setattr(tile_lists, "_FEWEST", 1)
-        launch._index_lists.cache_clear()
-        yield
-    launch._index_lists.cache_clear()
 
 
 @pytest.fixture(autouse=True)
