@@ -1,14 +1,15 @@
 """The inner step for `s*scale + bias` without dropout: the library's flash kernel, which takes grouped heads as they are.
 
 A segment whose rows all start at one key is a rectangle, a causal square, or one beside the other, merged by their
-log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask.  A call that is one rectangle or
-one square, all its keys being real ones, is handed to the kernel as it is (`direct`, `direct_backward`).
+log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask, blocks that are alike together
+(`bands`).  A call that is one rectangle or one square, all its keys being real ones, is handed to the kernel as it is
+(`direct`, `direct_backward`).
 """
 
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator
 from functools import cache, lru_cache, reduce
 from threading import Lock
 from typing import Final, NamedTuple
@@ -18,6 +19,7 @@ from torch import Tensor
 
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.affine import affine, constant, where_allowed
+from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
 from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
@@ -28,6 +30,9 @@ from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
+# Rows of a block whose keys move on with each row, where these are no more than that: fewer cells that no row needs.
+_MOVING_ROWS: Final = 64
+_MOVING_KEYS: Final = 2048
 _LSE_MOST: Final = 2**8
 _LSE_MOST_IN_HALF: Final = 2**13
 
@@ -139,7 +144,7 @@ class _Group(NamedTuple):
     may_be_dead: bool = False
 
 
-def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
+def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group | Band]:
     rows = (segment.m0, segment.m1)
     spans = _spans(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
@@ -151,56 +156,103 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Gr
         keys = Keys([(n0, n1)], [(n0, n1)] * run.holes)
         yield _masked(work, run, plan, rows, keys, causal=causal, edge=False, may_be_empty=False)
         return
-    for m0 in range(*rows, _ROWS):
-        block = (m0, min(m0 + _ROWS, segment.m1))
+    if plan.bias is not None or run.holes or not work.mask.from_sizes:
+        yield from _blocks(work, run, segment, plan)
+        return
+    key = (work.inputs.text, work.shape, work.inputs.sizes, work.dtype, run[:7], rows)
+    kept = _KEPT.get(key)
+    if kept is not None:
+        yield from kept
+        return
+    made = _Made(_KEPT.most)
+    for group in _together(_blocks(work, run, segment, plan)):
+        made.add(group)
+        yield group
+    _KEPT.put(key, made)
+
+
+def _blocks(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
+    """The rows of a segment block by block."""
+    moving = segment.exact and segment.down and segment.right and segment.last - segment.first <= _MOVING_KEYS
+    height = min(_ROWS, _MOVING_ROWS) if moving else _ROWS
+    may_be_empty = run.holes or not segment.exact
+    for m0 in range(segment.m0, segment.m1, height):
+        block = (m0, min(m0 + height, segment.m1))
         keys = run.rows.keys(*block)
-        if not keys.count:
-            yield _Group(block, ())
-            continue
-        may_be_empty = run.holes or not segment.exact
-        if plan.bias is not None or run.holes or not work.mask.from_sizes:
+        if keys.count:
             yield _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
-            continue
-        call = work.inputs.text, work.shape, work.inputs.sizes, work.dtype
-        key = (*call, run[:4], block, keys.spans, keys.masked, may_be_empty)
-        found = _KEPT.get(key)
-        if found is None:
-            found = _masked(work, run, plan, block, keys, causal=False, edge=True, may_be_empty=may_be_empty)
-            _KEPT.put(key, found)
-        yield found
+        else:
+            yield _Group(block, ())
 
 
-class _Kept:
-    """The masks of blocks that indices and sizes decide, the last ones used, up to a number of elements in all."""
+def _together(groups: Iterator[_Group]) -> Iterator[_Group | Band]:
+    """Neighbours that are alike as bands."""
+    band: Band | None = None
+    for group in groups:
+        simple = len(group.parts) == 1 and group.empty is None and not group.may_be_dead
+        longer = None
+        if simple and band is not None:
+            ((keys, _, mask),) = group.parts
+            longer = band.longer(group.m, keys, mask)
+        if longer is None and band is not None:
+            yield band
+        if simple:
+            ((keys, _, mask),) = group.parts
+            band = longer or Band(group.m, 1, keys, (0,) * len(keys.spans), mask)
+        else:
+            band = None
+            yield group
+    if band is not None:
+        yield band
 
-    # what is counted for a block beside its mask
+
+class _Made:
+    """The blocks of a segment as they are made, as long as they are few enough to be kept."""
+
+    # what is counted for an entry beside its mask
     _ENTRY: Final = 256
 
     def __init__(self, most: int) -> None:
         self.most = most
         self.elements = 0
-        self.groups: OrderedDict[Hashable, tuple[_Group, int]] = OrderedDict()
+        self.groups: list[_Group | Band] = []
+
+    def add(self, group: _Group | Band) -> None:
+        masks = [group.mask] if isinstance(group, Band) else [part.mask for part in group.parts]
+        # what broadcasts is in memory once
+        of_masks = (x.untyped_storage().nbytes() // x.element_size() for x in masks if x is not None)
+        self.elements += self._ENTRY + sum(of_masks)
+        if self.elements <= self.most:
+            self.groups.append(group)
+        else:
+            self.groups.clear()
+
+
+class _Kept:
+    """The blocks of segments that indices and sizes decide, the last ones used, up to a number of elements of masks in all."""
+
+    def __init__(self, most: int) -> None:
+        self.most = most
+        self.elements = 0
+        self.segments: OrderedDict[Hashable, _Made] = OrderedDict()
         self._lock = Lock()
 
-    def get(self, key: Hashable) -> _Group | None:
+    def get(self, key: Hashable) -> list[_Group | Band] | None:
         with self._lock:
-            if key not in self.groups:
+            if key not in self.segments:
                 return None
-            self.groups.move_to_end(key)
-            return self.groups[key][0]
+            self.segments.move_to_end(key)
+            return self.segments[key].groups
 
-    def put(self, key: Hashable, group: _Group) -> None:
-        masks = [part.mask for part in group.parts if part.mask is not None]
-        # what broadcasts is in memory once
-        size = self._ENTRY + sum(mask.untyped_storage().nbytes() // mask.element_size() for mask in masks)
+    def put(self, key: Hashable, made: _Made) -> None:
         with self._lock:
-            if key in self.groups:
+            if key in self.segments or made.elements > self.most:
                 return
-            self.groups[key] = group, size
-            self.elements += size
+            self.segments[key] = made
+            self.elements += made.elements
             while self.elements > self.most:
-                _, (_, size) = self.groups.popitem(last=False)
-                self.elements -= size
+                _, oldest = self.segments.popitem(last=False)
+                self.elements -= oldest.elements
 
 
 _KEPT: Final = _Kept(1 << 24)
@@ -266,13 +318,45 @@ def _axes(work: Work, run: Run) -> tuple[int, int, int, int, int, int]:
     return run.b0, run.b1, run.h0, run.h1, run.h0 // work.group, run.h1 // work.group
 
 
+def _alone(groups: Iterator[_Group | Band], run: Run, together: Callable[[Band, int], None]) -> Iterator[_Group]:
+    """The blocks that are no part of a band; `together` gets the bands, batch by batch.
+
+    A band of no more blocks than there are batches is taken apart: these go through one call too.
+    """
+    for group in groups:
+        if not isinstance(group, Band):
+            yield group
+        elif group.blocks > run.b1 - run.b0:
+            for b in range(run.b0, run.b1):
+                together(group, b)
+        else:
+            yield from (_Group(m, (_Part(keys, mask=group.mask),)) for m, keys in group.each())
+
+
+def _for_blocks(band: Band) -> Tensor | None:
+    """The mask of a band as the kernel takes it, for one batch."""
+    return None if band.mask is None else band.mask[:1].expand(band.blocks, -1, -1, -1)
+
+
 def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) -> Iterator[Rows]:
     """Writes the rows of a segment; yields those that turn out to have no key."""
     inputs = work.inputs
     plan = plan_for(inputs)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
-    for (m0, m1), parts, empty, may_be_dead in _groups(work, run, segment, plan):
+
+    def forward_of_band(band: Band, b: int) -> None:
+        q, k, v = (
+            band.rows_of(inputs.q[b, h0:h1]),
+            band.keys_of(inputs.k[b, kv0:kv1]),
+            band.keys_of(inputs.v[b, kv0:kv1]),
+        )
+        q, k, v = map(_unit_stride, (q, k, v))
+        values, sums = _FORWARD(q, k, v, 0.0, attn_mask=_for_blocks(band), scale=plan.scale)
+        band.rows_of(out[b, h0:h1]).copy_(values)
+        band.rows_of(lse[b, h0:h1]).copy_(sums)
+
+    for (m0, m1), parts, empty, may_be_dead in _alone(_groups(work, run, segment, plan), run, forward_of_band):
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
             continue
@@ -318,7 +402,21 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     plan = plan_for(inputs)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
-    for (m0, m1), parts, empty, _ in _groups(work, run, segment, plan):
+
+    def backward_of_band(band: Band, b: int) -> None:
+        of_rows = (x[b, h0:h1] for x in (grads.dout, inputs.q, grads.out, grads.row_lse))
+        dout, q, out, lse = map(band.rows_of, of_rows)
+        k, v = (_unit_stride(band.keys_of(x[b, kv0:kv1])) for x in (inputs.k, inputs.v))
+        dout, q, out = map(_unit_stride, (dout, q, out))
+        dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, False, attn_mask=_for_blocks(band), scale=plan.scale)
+        if grads.dk is not None:
+            band.add(grads.dk[b, kv0:kv1], dk)
+        if grads.dv is not None:
+            band.add(grads.dv[b, kv0:kv1], dv)
+        if grads.dq is not None:
+            band.rows_of(grads.dq[b, h0:h1]).copy_(dq)
+
+    for (m0, m1), parts, empty, _ in _alone(_groups(work, run, segment, plan), run, backward_of_band):
         rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:
             yield rows
