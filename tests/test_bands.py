@@ -45,7 +45,8 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tile_lists, "TILES", Tiles(32, 32))
     monkeypatch.setattr(tile_lists, "_FEWEST", 4)
     monkeypatch.setattr(flash_step, "_ROWS", 32)
-    monkeypatch.setattr(flash_step, "_MOVING_ROWS", 16)
+    monkeypatch.setattr(flash_step, "_MOVING_FORWARD", ((64, 16),))
+    monkeypatch.setattr(flash_step, "_MOVING_BACKWARD", ((64, 8),))
     monkeypatch.setattr(flash_step, "_KEPT", flash_step._Kept(1 << 24))
     caches = cover._index_parts, cover.index_rows
     for cached in caches:

@@ -9,7 +9,7 @@ log-sum-exps: no mask is needed.  Other rows go block by block under a small add
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Hashable, Iterator
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache, lru_cache, reduce
 from threading import Lock
 from typing import Final, NamedTuple
@@ -30,9 +30,12 @@ from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
-# Rows of a block whose keys move on with each row, where these are no more than that: fewer cells that no row needs.
-_MOVING_ROWS: Final = 64
-_MOVING_KEYS: Final = 2048
+# Blocks whose keys move on with each row have fewer rows, where each row has no more keys than that: fewer cells that no row
+# needs, against larger products.  Time a row of the kernel on one core, in us, of 32, 64, 128 rows (float32, D 64, 8 heads):
+# 128 keys 5.6, 6.3, 8.0 forward and 18, 13, 16 backward; 512 keys 14.8, 15.6, 17.2 and 57, 47, 44; 2,048 keys 55, 57, 59 and
+# 238, 178, 155.
+_MOVING_FORWARD: Final = ((2048, 32),)
+_MOVING_BACKWARD: Final = ((256, 64),)
 _LSE_MOST: Final = 2**8
 _LSE_MOST_IN_HALF: Final = 2**13
 
@@ -144,7 +147,14 @@ class _Group(NamedTuple):
     may_be_dead: bool = False
 
 
-def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group | Band]:
+def _height(segment: Segment, moving: Sequence[tuple[int, int]]) -> int:
+    """Rows of a block of a segment; `moving` says how many where the keys of a row are up to a number."""
+    if segment.exact and segment.down and segment.right:
+        return min([_ROWS, *(rows for keys, rows in moving if segment.last - segment.first <= keys)])
+    return _ROWS
+
+
+def _groups(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) -> Iterator[_Group | Band]:
     rows = (segment.m0, segment.m1)
     spans = _spans(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
@@ -157,24 +167,22 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Gr
         yield _masked(work, run, plan, rows, keys, causal=causal, edge=False, may_be_empty=False)
         return
     if plan.bias is not None or run.holes or not work.mask.from_sizes:
-        yield from _blocks(work, run, segment, plan)
+        yield from _blocks(work, run, segment, plan, height)
         return
-    key = (work.inputs.text, work.shape, work.inputs.sizes, work.dtype, run[:7], rows)
+    key = (work.inputs.text, work.shape, work.inputs.sizes, work.dtype, run[:7], rows, height)
     kept = _KEPT.get(key)
     if kept is not None:
         yield from kept
         return
     made = _Made(_KEPT.most)
-    for group in _together(_blocks(work, run, segment, plan)):
+    for group in _together(_blocks(work, run, segment, plan, height)):
         made.add(group)
         yield group
     _KEPT.put(key, made)
 
 
-def _blocks(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[_Group]:
+def _blocks(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) -> Iterator[_Group]:
     """The rows of a segment block by block."""
-    moving = segment.exact and segment.down and segment.right and segment.last - segment.first <= _MOVING_KEYS
-    height = min(_ROWS, _MOVING_ROWS) if moving else _ROWS
     may_be_empty = run.holes or not segment.exact
     for m0 in range(segment.m0, segment.m1, height):
         block = (m0, min(m0 + height, segment.m1))
@@ -356,7 +364,8 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
-    for (m0, m1), parts, empty, may_be_dead in _alone(_groups(work, run, segment, plan), run, forward_of_band):
+    groups = _groups(work, run, segment, plan, _height(segment, _MOVING_FORWARD))
+    for (m0, m1), parts, empty, may_be_dead in _alone(groups, run, forward_of_band):
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
             continue
@@ -416,7 +425,8 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         if grads.dq is not None:
             band.rows_of(grads.dq[b, h0:h1]).copy_(dq)
 
-    for (m0, m1), parts, empty, _ in _alone(_groups(work, run, segment, plan), run, backward_of_band):
+    groups = _groups(work, run, segment, plan, _height(segment, _MOVING_BACKWARD))
+    for (m0, m1), parts, empty, _ in _alone(groups, run, backward_of_band):
         rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:
             yield rows
