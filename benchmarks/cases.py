@@ -238,7 +238,47 @@ class Overhead:
         return Outcome((Row.of("a call of attnfuse less one of sdpa", "us", beyond, None),), samples)
 
 
-Case = Speed | Compile | Memory | Overhead
+@dataclass(frozen=True)
+class Growth:
+    """A training step of attention alone from 4,096 to 65,536 tokens: how its time grows, and what its process needs at most.
+
+    Results are compared at the greatest length too: every 1,024th row of the output and of the gradient of q.
+    """
+
+    subject: Sparse
+    about: str
+    lengths: ClassVar = (4096, 8192, 16384, 32768, 65536)
+    every: ClassVar = 1024
+    exponent: ClassVar = Target("at most", 1.15)
+    memory: ClassVar = Target("at most", 24.0)
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        longest = str(self.lengths[-1])
+        with ExitStack() as stack:
+            processes = {}
+            for length in map(str, self.lengths):
+                setting.say(f"{length} tokens")
+                processes[length] = stack.enter_context(_worker(setting, name, length))
+            file = setting.folder / "rows.pt"
+            processes[longest].ask(f"results {file}")
+            wrong = gate.fault(*torch.load(file))
+            if wrong:
+                return Outcome((Row("exponent of the time", "", None, self.exponent, "wrong results", wrong),))
+            times = _in_turn(processes, setting)
+            most = processes[longest].ask("memory")["bytes"] / 2**30
+        slopes = [
+            stats.slope(self.lengths, [times[str(length)][at] for length in self.lengths])
+            for at in range(setting.pairs)
+        ]
+        rows = (
+            Row.of("exponent of the time, 4,096 to 65,536 tokens", "", stats.median(slopes), self.exponent),
+            Row.of("time at 65,536 tokens", "s", stats.median(times[longest]), None),
+            Row.of("memory of its process, at most", "GiB", stats.median([most]), self.memory),
+        )
+        return Outcome(rows, times)
+
+
+Case = Speed | Compile | Memory | Overhead | Growth
 
 
 def _passes() -> Iterator[tuple[str, Case]]:
@@ -306,6 +346,11 @@ def _cases() -> dict[str, Case]:
         **dict(_passes()),
         **dict(_models()),
         **dict(_sparse()),
+        "growth-longformer": Growth(
+            Sparse("longformer", Growth.lengths[-1], training=True, dtype=torch.float32),
+            "A window of 256 to both sides, and the first 64 tokens everywhere: attention alone, forward and gradients of q, k, v, "
+            "B 1, H 8, D 64, torch.float32; eager's scores would take 128 GiB at 65,536 tokens",
+        ),
         "compile": Compile(Target("at most", 1.15), Target("at most", 0.5), "the model of examples/demo.py"),
         "memory-forward-fp32": Memory(torch.float32, False, f"{alone}, forward, float32"),
         "memory-forward-bf16": Memory(torch.bfloat16, False, f"{alone}, forward, bfloat16"),

@@ -57,7 +57,8 @@ def documents(length: int) -> Tensor:
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return (q @ k.mT * D**-0.5).masked_fill(~mask, -torch.inf).softmax(-1, dtype=torch.float32).to(q.dtype) @ v
+    wide = torch.promote_types(q.dtype, torch.float32)
+    return (q @ k.mT * D**-0.5).masked_fill(~mask, -torch.inf).softmax(-1, dtype=wide).to(q.dtype) @ v
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -93,10 +94,8 @@ class Sparse:
 
     def step(self, variant: Variant) -> Callable[[], list[Tensor]]:
         """The output, and the gradients where they are wanted."""
-        generator = torch.Generator().manual_seed(0)
         dtype = torch.float64 if variant.exact else self.dtype
-        q, k, v = (torch.randn(B, self.length, H, D, generator=generator).to(self.dtype).to(dtype) for _ in range(3))
-        q, k, v = (x.transpose(1, 2).requires_grad_(self.training) for x in (q, k, v))
+        q, k, v = (x.to(dtype).requires_grad_(self.training) for x in self.operands())
         call = self.call(variant)
 
         def run() -> list[Tensor]:
@@ -104,6 +103,23 @@ class Sparse:
             return [out, *torch.autograd.grad(out, (q, k, v), torch.ones_like(out))] if self.training else [out]
 
         return run
+
+    def operands(self) -> tuple[Tensor, Tensor, Tensor]:
+        """q, k and v [B, H, N, D]."""
+        generator = torch.Generator().manual_seed(0)
+        q, k, v = (torch.randn(B, self.length, H, D, generator=generator).to(self.dtype) for _ in range(3))
+        return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
+
+    def some_rows(self, every: int, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Every so many rows of the output and of the gradient of q, by plain operators in that type, from the mask by index."""
+        q, k, v = (x.to(dtype) for x in self.operands())
+        rows = torch.arange(0, self.length, every)
+        _, by_index = MASKS[self.mask]
+        allowed = by_index(documents(self.length))(0, 0, rows[:, None], torch.arange(self.length))
+        q = q[:, :, rows].detach().requires_grad_()
+        out = (q @ k.mT * D**-0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+        (dq,) = torch.autograd.grad(out.sum(), q)
+        return {"out": out.detach(), "dq": dq}
 
     def call(self, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Attention of q, k and v as a variant computes it."""

@@ -48,6 +48,13 @@ def difference(ours: Sequence[float], theirs: Sequence[float]) -> Estimate:
     return median([own - other for own, other in zip(ours, theirs, strict=True)])
 
 
+def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
+    """The exponent of the power of sizes that fits values best, by least squares of their logarithms."""
+    x, y = (torch.tensor(numbers, dtype=torch.float64).log() for numbers in (sizes, values))
+    x = x - x.mean()
+    return float((x * y).sum() / (x * x).sum())
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound that a figure has to keep: at least or at most `bound`."""

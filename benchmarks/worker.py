@@ -1,17 +1,20 @@
 """One variant of one case: `python -m benchmarks.worker CASE VARIANT`, see `process.serve`.
 
-Commands: `time` (mean seconds of a call, over as many calls as make a fifth of a second), `results FILE`, `memory N`.
+Commands: `time` (mean seconds of a call, over as many calls as make a fifth of a second), `results FILE`, `memory N`.  The
+variants of a case of growth are its lengths, and its `memory` is that of the whole process.
 """
 
 from __future__ import annotations
 
+import resource
 import sys
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 
 import torch
 
-from benchmarks.cases import CASES, Memory, Overhead, Speed
+from benchmarks.cases import CASES, Growth, Memory, Overhead, Speed
 from benchmarks.memory import peak_bytes
 from benchmarks.process import Answer, serve
 from benchmarks.subjects import VARIANTS, attention_call, attention_inputs
@@ -68,6 +71,29 @@ def overhead(case: Overhead, variant: str) -> tuple[Answer, Commands]:
     return {"seconds": first}, {"time": lambda _: {"seconds": _seconds(call, calls) / calls}}
 
 
+def growth(case: Growth, length: str) -> tuple[Answer, Commands]:
+    subject = replace(case.subject, length=int(length))
+    run = subject.step(VARIANTS["attnfuse-eager"])
+
+    def save(file: str) -> Answer:
+        out, dq, *_ = run()
+        ours = {"out": out.detach()[:, :, :: case.every], "dq": dq[:, :, :: case.every]}
+        torch.save(
+            (ours, *(subject.some_rows(case.every, dtype) for dtype in (case.subject.dtype, torch.float64))), file
+        )
+        return {}
+
+    first = _seconds(run, 1)
+    calls = max(1, round(SAMPLE / _seconds(run, 1)))
+    # before anything else needs memory; Linux counts it in KiB
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+    return {"seconds": first}, {
+        "time": lambda _: {"seconds": _seconds(run, calls) / calls},
+        "memory": lambda _: {"bytes": peak},
+        "results": save,
+    }
+
+
 def _seconds(call: Callable[[], object], calls: int) -> float:
     start = time.perf_counter()
     for _ in range(calls):
@@ -85,6 +111,8 @@ def main(name: str, variant: str) -> None:
                 return memory(case, variant)
             case Overhead():
                 return overhead(case, variant)
+            case Growth():
+                return growth(case, variant)
         raise SystemExit(f"case {name!r} has no variants of its own")
 
     serve(start)

@@ -13,6 +13,7 @@ from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Tiles
 from attnfuse.templates.keys import Keys
 from tests.families import Call, hold_to_oracle, made
+from tests.test_blocked import Largest
 
 WINDOW = "s*0.25 where n <= m & n > m - 40 else -inf"
 MASKS = {
@@ -91,6 +92,15 @@ def test_a_band_is_no_longer_than_a_few_thousand_rows_and_copied_keys(calls: lis
     made(MASKS["window and global keys"], Shape(1, 1, 1, 10_000, 10_000, 8, 8)).run()
     # 32 rows, whose keys are four tiles, in two spans
     assert max(size[0] for size in calls) <= 8192 // (4 * 32)
+
+
+@pytest.mark.parametrize("name", ["window", "window and global keys and rows"])
+def test_no_tensor_is_larger_than_the_operands_and_a_few_blocks(name: str) -> None:
+    shape = Shape(1, 2, 2, 8192, 8192, 8, 8)
+    call = made(MASKS[name], shape)
+    with Largest() as seen:
+        torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+    assert seen.any <= shape.N * 256
 
 
 def call_with(k: Tensor, v: Tensor, call: Call) -> Call:

@@ -32,6 +32,6 @@ def test_implementations_and_fields_are_the_models(forward: Forward) -> None:
 @NAMES
 def test_each_gives_its_hidden_states(forward: Forward) -> None:
     for attention in forward.attentions:
-        run, results = forward.start(Variant("eager", None, attention))
+        run, results = forward.start(Variant(attention, None))
         assert run() is not None
         assert torch.isfinite(results()["hidden"]).all()

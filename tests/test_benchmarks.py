@@ -1,5 +1,6 @@
 """The benchmarks' statistics, gate and results; the demo's parts. Nothing is timed here."""
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
@@ -9,6 +10,7 @@ import sys
 from collections.abc import Mapping
 from pathlib import Path
 from types import ModuleType
+from typing import Any
 
 import pytest
 import torch
@@ -17,13 +19,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from benchmarks import __main__ as command_line
-from benchmarks import cases, gate, machine, results, stats
-from benchmarks.cases import CASES, Outcome, Row, Setting, Speed
+from benchmarks import cases, gate, machine, plots, results, stats
+from benchmarks.cases import CASES, Growth, Outcome, Row, Setting, Speed
 from benchmarks.memory import peak_bytes
 from benchmarks.process import Process
 from benchmarks.results import Result
+from benchmarks.sparse import MASKS, Sparse
 from benchmarks.stats import Estimate, Target
-from benchmarks.subjects import VARIANTS, Pass, attention, attention_call, attention_inputs
+from benchmarks.subjects import VARIANTS, Pass, Variant, attention, attention_call, attention_inputs
+from tests.numerics import assert_close
 
 ROOT = Path(__file__).parent.parent
 OURS, STOCK = ("attnfuse-eager", "attnfuse-sdpa"), ("stock-eager", "stock-sdpa")
@@ -164,6 +168,50 @@ def outcome() -> Outcome:
 def result(**changes: object) -> Result:
     kept = Result("case", "about", outcome(), 15, "2026-01-01", "abc", {"cpu": "A B", "cores": 2}, {"torch": "2.13.0"})
     return dataclasses.replace(kept, **changes)  # type: ignore[arg-type]
+
+
+class TestGrowth:
+    @pytest.mark.parametrize("exponent", [0.0, 1.0, 2.0])
+    def test_the_slope_is_the_exponent(self, exponent: float) -> None:
+        sizes = (4096, 8192, 65536)
+        assert stats.slope(sizes, [3.0 * n**exponent for n in sizes]) == pytest.approx(exponent)
+
+    @pytest.mark.parametrize("mask", MASKS)
+    def test_some_rows_are_those_of_the_whole(self, mask: str) -> None:
+        subject = Sparse(mask, 320, training=True, dtype=torch.float32)
+        exact = Variant("eager", None, exact=True)
+        out, dq, *_ = subject.step(exact)()
+        found = subject.some_rows(64, torch.float64)
+        assert_close(found["out"], out[:, :, ::64], out[:, :, ::64])
+        assert_close(found["dq"], dq[:, :, ::64], dq[:, :, ::64])
+
+    @pytest.mark.parametrize("error", [0.0, 0.25])
+    def test_a_case_is_judged_by_its_rows_first(
+        self, error: float, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        class Simulated(contextlib.nullcontext[Any]):
+            def __init__(self, length: str) -> None:
+                super().__init__(self)
+                self.length = int(length)
+
+            def ask(self, command: str) -> dict[str, float]:
+                name, _, file = command.partition(" ")
+                if name == "results":
+                    torch.save(({"out": EXACT["out"].float() + error}, {"out": EXACT["out"].float()}, EXACT), file)
+                return {"time": {"seconds": self.length / 4096}, "memory": {"bytes": 2**31}}.get(name, {})
+
+        monkeypatch.setattr(cases, "_worker", lambda setting, name, variant: Simulated(variant))
+        case = CASES["growth-longformer"]
+        assert isinstance(case, Growth)
+        outcome = case.measure("growth-longformer", Setting(3, tmp_path, lambda _: None))
+        if error:
+            assert [row.verdict for row in outcome.rows] == ["wrong results"]
+            return
+        assert [row.estimate and round(row.estimate.value, 6) for row in outcome.rows] == [1.0, 16.0, 2.0]
+        assert [row.verdict for row in outcome.rows] == ["pass", "", "pass"]
+        file = tmp_path / "growth.svg"
+        plots.draw(result(outcome=outcome), file)
+        assert "exponent 1.00" in re.sub(r"<[^>]*>|\s+", " ", file.read_text()) or "<path" in file.read_text()
 
 
 class TestResults:
