@@ -7,7 +7,7 @@ import torch
 
 from attnfuse.__main__ import UsageError, main, templates_text
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import tuning
+from attnfuse.templates import tile_lists, tuning
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.compiled import ARCHITECTURES, CASES, Row, compile_call, compile_case, table
 from tests.families import FAMILIES, SEED, Leaves, made
@@ -26,7 +26,7 @@ def check(rows: list[Row]) -> None:
             continue
         if row.arch in ("sm_80", "sm_90") and row.dtype != "f32":
             # arithmetic of the score's own takes registers of its own
-            most = 0 if row.case in ("full", "causal", "window", "padded") else 32
+            most = 0 if row.case in ("full", "causal", "window", "padded", "longformer", "hashed") else 32
             assert row.spills <= most, f"{row.kernel} spills on {row.arch}\n{report}"
         assert row.instruction, f"{row.kernel} has no matrix instruction on {row.arch}\n{report}"
         if row.arch == "sm_90" and row.template == "flash" and row.dtype != "f32":
@@ -49,9 +49,16 @@ def test_decode_in_bf16(arch: str, depth: int) -> None:
     check(rows)
 
 
-@pytest.mark.parametrize("name", ["window", "padded", "softcap", "alibi"])
+@pytest.mark.parametrize("name", ["window", "padded", "softcap", "hashed", "alibi"])
 def test_masks_and_scores_on_hopper(name: str) -> None:
     check(compile_case("sm_90", BY_NAME[name], "bf16", 64))
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_lists_of_tiles(arch: str) -> None:
+    case = BY_NAME["longformer"]
+    assert tile_lists.has_no_ranges(parse_spec(case.text))
+    check(compile_case(arch, case, "bf16", 128))
 
 
 @pytest.mark.parametrize("with_lse", [False, True])

@@ -43,6 +43,8 @@ CASES: Final = (
     Case("window", "s*0.125 where n <= m & n > m - 256 else -inf"),
     Case("padded", "pad: bool[:, :]; s*0.125 where n <= m & pad[b, n] else +min", ((torch.bool, (_B, _N)),)),
     Case("softcap", "50*tanh(s*0.125/50) where n <= m else -inf"),
+    Case("longformer", "s*0.125 where abs(m - n) <= 256 | n < 64 | m < 64 else -inf"),
+    Case("hashed", "id: i64[:, :]; s*0.125 where id[b, m] == id[b, n] else -inf", ((torch.int64, (_B, _N)),)),
     Case("alibi", "slope: f32[:]; s*0.125 + slope[h]*n where n <= m else -inf", ((torch.float32, (_H,)),)),
 )
 
