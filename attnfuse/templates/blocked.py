@@ -1,8 +1,8 @@
 """The CPU template: row blocks over the key range that the mask leaves, for every spec, forward and backward.
 
-`cover` says which cells a call needs.  Each segment of rows goes through one of two inner steps: `flash_step`, the library's
-flash kernel, where the score is `s*scale + bias` without dropout, else `plain_step`, matrix products and a softmax over a
-block.  Rows without any allowed key are `degenerate`'s.
+`cover` says which cells a call needs; `grouped` does where rows and keys are sorted first.  Each segment of rows goes through
+one of two inner steps: `flash_step`, the library's flash kernel, where the score is `s*scale + bias` without dropout, else
+`plain_step`, matrix products and a softmax over a block.  Rows without any allowed key are `degenerate`'s.
 
 Scores, softmax and accumulators are fp32 (fp64 for fp64 inputs).  Memory beyond operands and results: a few blocks of rows
 times keys, and the accumulators of the gradients of k and v.
@@ -10,13 +10,15 @@ times keys, and the accumulators of the gradients of k and v.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
 from attnfuse.spec import AttentionSpec, Shape
-from attnfuse.templates import degenerate, flash_step, plain_step
+from attnfuse.templates import degenerate, flash_step, grouped, plain_step
 from attnfuse.templates.base import Cotangents, Inputs, Target, Tiles
-from attnfuse.templates.cover import cover
+from attnfuse.templates.cover import Run, cover
 from attnfuse.templates.plain_step import Rows
 from attnfuse.templates.work import Gradients, Work
 
@@ -40,18 +42,15 @@ class Blocked:
         if found is not None:
             return found
         work = Work(inputs)
-        out, lse = work.results()
         if _nothing_to_do(inputs.shape):
+            out, lse = work.results()
             return out.zero_(), lse.fill_(-torch.inf)
-        step = plain_step if flash_step.plan_for(inputs) is None else flash_step
-        for run in cover(inputs):
-            for segment in run.segments:
-                if segment.empty:
-                    rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
-                    degenerate.forward(work, rows, out, lse)
-                    continue
-                for rows in step.forward(work, run, segment, out, lse):
-                    degenerate.forward(work, rows, out, lse)
+        order = grouped.order_of(inputs)
+        if order is None:
+            out, lse = _forward(work, cover(inputs))
+        else:
+            ordered = grouped.Ordered(work, order)
+            out, lse = ordered.put_back(*_forward(ordered, order.runs))
         if work.sink is not None:
             # beside a sink, rows whose scores are all -inf or that have no key are zeros
             share = torch.sigmoid(lse - work.sink)[..., None]
@@ -64,20 +63,46 @@ class Blocked:
         if found is not None:
             return found
         work = Work(inputs)
-        grads = Gradients(work, cotangents)
         if _nothing_to_do(inputs.shape):
-            return grads.results()
-        for run in cover(inputs):
-            for segment in run.segments:
-                if segment.empty:
-                    rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
-                    degenerate.backward(work, rows, grads)
-                    continue
-                step = flash_step if flash_step.differentiates(grads, run, segment) else plain_step
-                for rows in step.backward(work, run, segment, grads):
-                    degenerate.backward(work, rows, grads)
+            return Gradients(work, cotangents).results()
+        order = grouped.order_of(inputs)
+        if order is not None:
+            ordered = grouped.Ordered(work, order)
+            grads = ordered.gradients(cotangents)
+            _backward(ordered, order.runs, grads)
+            return ordered.results_of(grads, cotangents)
+        grads = Gradients(work, cotangents)
+        _backward(work, cover(inputs), grads)
         grads.finish_sink()
         return grads.results()
+
+
+def _forward(work: Work, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
+    """out, as it is without a sink, and lse."""
+    out, lse = work.results()
+    step = plain_step if flash_step.plan_for(work.inputs) is None else flash_step
+    for run in runs:
+        for segment in run.segments:
+            if segment.empty:
+                rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
+                degenerate.forward(work, rows, out, lse)
+                continue
+            for rows in step.forward(work, run, segment, out, lse):
+                degenerate.forward(work, rows, out, lse)
+    return out, lse
+
+
+def _backward(work: Work, runs: Sequence[Run], grads: Gradients) -> None:
+    """Adds what all rows give to the gradients, but for those of the sink."""
+    for run in runs:
+        for segment in run.segments:
+            if segment.empty:
+                rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
+                degenerate.backward(work, rows, grads)
+                continue
+            step = flash_step if flash_step.differentiates(grads, run, segment) else plain_step
+            for rows in step.backward(work, run, segment, grads):
+                degenerate.backward(work, rows, grads)
 
 
 def _nothing_to_do(shape: Shape) -> bool:

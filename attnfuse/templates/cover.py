@@ -379,7 +379,7 @@ def _rows(mask: Mask, block: Block, shape: Shape, lo: int, hi: int) -> tuple[tup
     general = (Segment(0, shape.M, lo, hi, 0, 0, exact=False),)
     if loose:
         return general, rows
-    return _segments(first[0].clamp(max=hi), last[0].clamp(min=lo)) or general, rows
+    return segments_of(first[0].clamp(max=hi), last[0].clamp(min=lo)) or general, rows
 
 
 def _by_row(value: Value, length: int) -> Tensor:
@@ -405,7 +405,7 @@ def _run_of_keys(rows: Tensor, keys: Tensor) -> tuple[Tensor, Tensor] | None:
     return (ends - counts)[run].where(found, 0)[:, None], ends[run].where(found, 0)[:, None]
 
 
-def _segments(first: Tensor, last: Tensor) -> tuple[Segment, ...] | None:
+def segments_of(first: Tensor, last: Tensor) -> tuple[Segment, ...] | None:
     """Rows with their key ranges as segments, or None where that is too many to be worth it."""
     M = len(first)
     empty = first >= last

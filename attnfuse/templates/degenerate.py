@@ -131,7 +131,7 @@ def _weights(work: Work, rows: Rows) -> tuple[Tensor, Tensor, Tensor]:
     """For rows without a key: their weights [b, h, m, N], how many keys share them [b, h, m], and which keys' scores get a
     gradient."""
     block = _block(work, rows)
-    shape = tuple(last - first for first, last in block.ranges)
+    shape = block.shape
     true, false = (torch.full((1, 1, 1, 1), x) for x in (True, False))
     normal, minimal, attached = true, false, true
     for tier, value in zip(work.inputs.spec.program.tiers, work.meaning.tiers(block), strict=True):

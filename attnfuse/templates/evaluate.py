@@ -34,7 +34,8 @@ class Block:
     """The cells [b0, b1) × [h0, h1) × [m0, m1) × [n0, n1) of one call.
 
     Args:
-        keys: where not all keys of [n0, n1) are meant, those that are, int64, ascending.
+        keys: where not all keys of [n0, n1) are meant, or in another order, those that are, int64.
+        rows: the same of [m0, m1).
     """
 
     def __init__(
@@ -45,6 +46,7 @@ class Block:
         device: torch.device,
         dtype: torch.dtype,
         keys: Tensor | None = None,
+        rows: Tensor | None = None,
     ) -> None:
         self.leaves = leaves
         self.sizes = sizes
@@ -52,7 +54,11 @@ class Block:
         self.device = device
         self.dtype = dtype
         self.keys = keys
-        self._indices: list[Tensor | None] = [None, None, None, None if keys is None else keys.view(1, 1, 1, -1)]
+        self.rows = rows
+        self._indices: list[Tensor | None] = [None] * 4
+        for dim, chosen in ((2, rows), (3, keys)):
+            if chosen is not None:
+                self._indices[dim] = chosen.view([-1 if at == dim else 1 for at in range(4)])
 
     def part(self, ranges: Ranges) -> Block:
         """Other cells of the same call."""
@@ -62,7 +68,11 @@ class Block:
     def shape(self) -> tuple[int, int, int, int]:
         """How many batches, heads, rows and keys."""
         b, h, m, n = (last - first for first, last in self.ranges)
-        return b, h, m, n if self.keys is None else len(self.keys)
+        return b, h, m if self.rows is None else len(self.rows), n if self.keys is None else len(self.keys)
+
+    def chosen(self, dim: int) -> Tensor | None:
+        """`rows` or `keys` as the axis they belong to."""
+        return self.rows if dim == 2 else self.keys if dim == 3 else None
 
     def index(self, dim: int) -> Tensor:
         """The index vector of one axis, int64, shaped to broadcast."""
@@ -187,8 +197,9 @@ def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Val
             first, last = block.ranges[dim]
             if last > x.shape[at]:
                 return _read(block, leaf, kind, *(block.index(dim) for dim in dims))
-            if dim == 3 and block.keys is not None:
-                x = x.index_select(at, block.keys)
+            chosen = block.chosen(dim)
+            if chosen is not None:
+                x = x.index_select(at, chosen)
             elif last - first < x.shape[at]:
                 x = x.narrow(at, first, last - first)
         x = x if in_order else x.permute(order)

@@ -184,7 +184,7 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
     """
     dims = axes_of(load)
     inside = dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True))
-    if dims is not None and inside and (block.keys is None or 3 not in dims):
+    if dims is not None and inside and all(block.chosen(d) is None for d in dims):
         missing = [d for d in range(4) if d not in dims]
         if missing:
             grad = grad.sum(missing, keepdim=True)
