@@ -318,7 +318,7 @@ def _models() -> Iterator[tuple[str, Case]]:
 
 
 def _sparse() -> Iterator[tuple[str, Case]]:
-    for mask, (build, _) in MASKS.items():
+    for mask, (build, *_) in MASKS.items():
         for training in (False, True):
             for dtype, short, flex in ((torch.float32, "fp32", 0.9), (torch.bfloat16, "bf16", 1.5)):
                 subject = Sparse(mask, 8192, training, dtype)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import torch
 from torch import Tensor
@@ -35,6 +35,26 @@ def longformer(document: Tensor) -> Tensor:
     return ((i[:, None] - i[None]).abs() <= 256) | (i[None] < 64) | (i[:, None] < 64)
 
 
+def documents(length: int) -> Tensor:
+    """Ids of documents of 100 to 2,000 tokens, in order."""
+    lengths = torch.randint(100, 2000, (length // 100,), generator=torch.Generator().manual_seed(3))
+    return torch.arange(len(lengths)).repeat_interleave(lengths)[:length][None]
+
+
+def unsorted(document: Tensor) -> Tensor:
+    """Causal among the tokens of one of 16 ids at random."""
+    return packed(document)
+
+
+def unsorted_full(document: Tensor) -> Tensor:
+    """All tokens of one of 64 ids at random."""
+    return (document[:, :, None] == document[:, None, :])[:, None]
+
+
+def _at_random(count: int) -> Callable[[int], Tensor]:
+    return lambda length: torch.randint(count, (1, length), generator=torch.Generator().manual_seed(3))
+
+
 def _window_mod(document: Tensor) -> Any:
     return lambda b, h, m, n: (n <= m) & (m - n < 512)
 
@@ -47,13 +67,25 @@ def _longformer_mod(document: Tensor) -> Any:
     return lambda b, h, m, n: ((m - n).abs() <= 256) | (n < 64) | (m < 64)
 
 
-MASKS = {"window": (window, _window_mod), "packed": (packed, _packed_mod), "longformer": (longformer, _longformer_mod)}
+def _same_mod(document: Tensor) -> Any:
+    return lambda b, h, m, n: document[b, m] == document[b, n]
 
 
-def documents(length: int) -> Tensor:
-    """Ids of documents of 100 to 2,000 tokens, in order."""
-    lengths = torch.randint(100, 2000, (length // 100,), generator=torch.Generator().manual_seed(3))
-    return torch.arange(len(lengths)).repeat_interleave(lengths)[:length][None]
+class Mask(NamedTuple):
+    """A mask as a dense tensor of the ids of documents, as FlexAttention takes it, and the ids for a length."""
+
+    build: Callable[[Tensor], Tensor]
+    by_index: Callable[[Tensor], Any]
+    ids: Callable[[int], Tensor] = documents
+
+
+MASKS = {
+    "window": Mask(window, _window_mod),
+    "packed": Mask(packed, _packed_mod),
+    "longformer": Mask(longformer, _longformer_mod),
+    "unsorted": Mask(unsorted, _packed_mod, _at_random(16)),
+    "unsorted-full": Mask(unsorted_full, _same_mod, _at_random(64)),
+}
 
 
 def eager(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -123,8 +155,8 @@ class Sparse:
 
     def call(self, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Attention of q, k and v as a variant computes it."""
-        document = documents(self.length)
-        build, _ = MASKS[self.mask]
+        build, _, ids = MASKS[self.mask]
+        document = ids(self.length)
         if variant.attention == "flex":
             blocks = self.block_mask()
             compiled = torch.compile(flex_attention, dynamic=False)
@@ -139,8 +171,8 @@ class Sparse:
 
     def block_mask(self) -> BlockMask:
         """FlexAttention's description of the mask."""
-        _, by_index = MASKS[self.mask]
-        return create_block_mask(by_index(documents(self.length)), B, None, self.length, self.length, device="cpu")
+        _, by_index, ids = MASKS[self.mask]
+        return create_block_mask(by_index(ids(self.length)), B, None, self.length, self.length, device="cpu")
 
     def seconds_of_block_mask(self) -> float:
         """What that takes; it is not in the times of the calls."""

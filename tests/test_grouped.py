@@ -1,6 +1,6 @@
 """Equality masks on unsorted ids, computed in the order of their ids: values, gradients, cells, and when."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -9,6 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from attnfuse.score import FILLS, Program, Tier, parse_expr
@@ -17,6 +18,7 @@ from attnfuse.templates import grouped
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.blocked import Blocked
 from tests.families import Call, floats, hold_to_oracle, made, scattered, values_of
+from tests.harness import check
 from tests.strategies import Case, cases, programs
 from tests.test_blocked import blocks, peak_bytes
 
@@ -211,6 +213,9 @@ def test_every_head_its_ids() -> None:
         ids = random_ids(2, 4, 40)
         for score, mask in (("s", f"n <= m & {text}"), ("5*tanh(s/5)", text), ("s", f"{text} & n > m - 5*(h + 1)")):
             hold_sorted(made(f"doc: i64[:, :, :]; {score} where {mask} else +min", shape, (ids,)))
+    # the rows of a head are all of one id
+    text = "doc: i64[:, :]; part: i64[:]; s where doc[b, n] == part[h] & n <= m else +min"
+    hold_sorted(made(text, SHAPE._replace(Hkv=4), (random_ids(2, 40), random_ids(4))))
     bias = floats(2, 4, 40, 40)
     text = "doc: i64[:, :, :]; bias: f32[:, :, :, :]; dropout 0.2; s + bias[b, h, m, n] where doc[b, h, m] == doc[b, h, n] else 0row"
     hold_sorted(made(text, SHAPE._replace(Hkv=4), (random_ids(2, 4, 40), bias)))
@@ -418,3 +423,41 @@ def test_what_pays_is_a_matter_of_sizes() -> None:
     assert not grouped.pays(shape, cells, cells // 8, 1000)
     assert not grouped.pays(shape, cells, cells, 1)
     assert not grouped.pays(shape._replace(B=100), cells, cells // 8, 8)
+
+
+# --- through the backend ---------------------------------------------------------------------------------------------
+
+
+def reformer(x: Tensor, rotations: Tensor) -> Tensor:
+    """One round of hashing: each head looks at what falls into its bucket, before it and itself."""
+    q, v = (y.view(*y.shape[:2], 2, 16).transpose(1, 2) for y in x.chunk(2, -1))
+    turned = q.detach() @ rotations
+    buckets = torch.cat((turned, -turned), -1).argmax(-1)
+    i = torch.arange(x.shape[1])
+    allowed = (buckets[..., :, None] == buckets[..., None, :]) & (i <= i[:, None])
+    return (q @ q.mT * 0.25).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
+
+
+def unsorted_documents(x: Tensor, ids: Tensor) -> Tensor:
+    q, k, v = x.view(*x.shape[:2], 3, 4, 16).permute(2, 0, 3, 1, 4)
+    same = ids[:, None, :, None] == ids[:, None, None, :]
+    return scaled_dot_product_attention(q, k, v, attn_mask=same)
+
+
+MODELS = {
+    "hashed heads": (reformer, floats(2, 192, 64), floats(16, 4)),
+    "documents": (unsorted_documents, floats(2, 192, 192), random_ids(2, 192)),
+}
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["static", "any length"])
+@pytest.mark.parametrize(("fn", "x", "other"), MODELS.values(), ids=MODELS.keys())
+def test_models(fn: Callable[..., Tensor], x: Tensor, other: Tensor, dynamic: bool) -> None:
+    x, other = x.clone(), other.clone()
+    if dynamic:
+        for given_ in (x, other)[: 1 + (other.dtype == torch.int64)]:
+            torch._dynamo.mark_dynamic(given_, 1)
+    with sorting(True) as found:
+        (remark,) = check(fn, x, other).remarks
+    assert remark.kind == "fused"
+    assert found == [True, True]

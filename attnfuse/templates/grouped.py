@@ -147,13 +147,14 @@ def _order(text: str, block: Block, shape: Shape) -> Order | None:
         key_ids, keys = key_ids.gather(-1, at), keys.gather(-1, at)
     row_ids, rows = known.rows.sort(dim=-1, stable=True)
     first, last = _ranges(known, key_ids, keys, row_ids, rows, count)
-    runs = _runs(first, last, count[..., 0].tolist(), known.exact, shape)
-    # heads, or batches, that share an order
+    # by heads, or batches, that share an order
     times = shape.B // len(first) * (shape.H // first.shape[1])
-    in_order, calls = _cost(first, last, runs)
-    if not pays(shape, times * _cells_as_they_stand(known), times * in_order, calls):
+    cells = times * _cells_as_they_stand(known)
+    if not pays(shape, cells, times * int((last - first).sum()), len(first) * first.shape[1]):
         return None
-    return Order(runs, rows, keys)
+    runs = _runs(first, last, count[..., 0].tolist(), known.exact, shape)
+    in_order, calls = _cost(first, last, runs)
+    return Order(runs, rows, keys) if pays(shape, cells, times * in_order, calls) else None
 
 
 def _known(text: str, block: Block, shape: Shape) -> _Known | None:
