@@ -249,14 +249,15 @@ def _ranges(
     """The places of the keys, from the first to before the last, of the rows in order."""
     N = keys.shape[-1]
     at = torch.searchsorted(key_ids, row_ids)
-    found = (at < count) & (key_ids.gather(-1, at.clamp(max=N - 1)) == row_ids)
+    at = at.clamp_(max=N - 1)
+    found = key_ids.gather(-1, at) == row_ids
     # a key as its id and its index in one number
     starts = torch.zeros_like(key_ids)
     starts[..., 1:] = key_ids[..., 1:] != key_ids[..., :-1]
     of_id = starts.cumsum(-1)
     place = torch.arange(N) < count
     numbers = torch.where(place, of_id * (N + 1) + keys, (N + 1) * (N + 1))
-    base = of_id.gather(-1, at.clamp(max=N - 1)) * (N + 1)
+    base = of_id.gather(-1, at) * (N + 1)
     first, last = (
         torch.searchsorted(numbers, base + end.gather(-1, rows)).where(found, 0) for end in (known.low, known.high)
     )
