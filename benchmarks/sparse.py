@@ -146,8 +146,8 @@ class Sparse:
         """Every so many rows of the output and of the gradient of q, by plain operators in that type, from the mask by index."""
         q, k, v = (x.to(dtype) for x in self.operands())
         rows = torch.arange(0, self.length, every)
-        _, by_index = MASKS[self.mask]
-        allowed = by_index(documents(self.length))(0, 0, rows[:, None], torch.arange(self.length))
+        _, by_index, ids = MASKS[self.mask]
+        allowed = by_index(ids(self.length))(0, 0, rows[:, None], torch.arange(self.length))
         q = q[:, :, rows].detach().requires_grad_()
         out = (q @ k.mT * D**-0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
         (dq,) = torch.autograd.grad(out.sum(), q)
