@@ -604,6 +604,8 @@ def _and(a: Expr, b: Expr) -> Expr:
     if isinstance(b, Const):
         return a if b.value else FALSE
     terms = list(dict.fromkeys((*conjuncts(a), *conjuncts(b))))
+    if not terms:
+        return TRUE
     out = terms[0]
     for term in terms[1:]:
         out = Call("and", (out, term))

@@ -26,6 +26,7 @@ from attnfuse.score import (
     ScoreSyntaxError,
     Tier,
     Var,
+    call,
     conjuncts,
     derivative,
     free_vars,
@@ -466,6 +467,8 @@ def test_what_an_expression_holds() -> None:
         "c[n]",
     )
     assert conjuncts(TRUE) == ()
+    nothing = Call("and", (TRUE, TRUE))
+    assert call("and", nothing, nothing) == TRUE
 
 
 def test_substitution_replaces_whole_expressions() -> None:
