@@ -238,6 +238,16 @@ def test_ids_of_indices() -> None:
         assert grouped._index_order.cache_info().hits == 1
 
 
+@pytest.mark.parametrize("score", ["s*0.125", "5*tanh(s/5)"])
+def test_masks_that_are_kept_are_not_those_of_the_other_order(score: str) -> None:
+    call = made(f"{score} where m % 4 == n % 4 & (n - m) % 3 == 0 else -inf", SHAPE)
+    with sorting(False):
+        hold_to_oracle(call)
+    hold_sorted(call)
+    with sorting(False):
+        hold_to_oracle(call)
+
+
 @pytest.mark.parametrize(
     ("declared", "mask", "ids"),
     [
