@@ -20,7 +20,7 @@ from attnfuse.templates.tile_map import EMPTY, FULL, classes
 from tests.families import Call, hold_to_oracle, made, values_of
 from tests.sparse_masks import SPARSE_MASKS, SparseMask
 from tests.strategies import Case, bools, cases, masks, shapes, spec_of
-from tests.test_blocked import Largest
+from tests.test_blocked import Largest, forward_and_backward
 
 SIZES = (Tiles(1, 1), Tiles(2, 3), Tiles(4, 4), Tiles(5, 2), Tiles(16, 16))
 
@@ -167,7 +167,7 @@ def test_only_the_tiles_that_are_left_are_computed(score: str) -> None:
     shape = Shape(1, 2, 2, 2048, 2048, 8, 8)
     call = attention_with(SPARSE_MASKS["Longformer"]._replace(mask="abs(m - n) <= 32 | g[b, n]"), shape, score)
     with Largest() as seen:
-        torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+        forward_and_backward(call)
     # three tiles of the window and two with global tokens, for 128 rows of both heads
     assert seen.floats <= 5 * 128 * 128 * 2
 
