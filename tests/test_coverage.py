@@ -8,10 +8,13 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor, nn
 
+from attnfuse.remark import Remark, Report
 from tests import zoo
 from tests.zoo import coverage
-from tests.zoo.cells import Cell, cells, sample
+from tests.zoo.cells import Cell, Graph, cells, compiled, sample
 
 LLAMA = Cell("llama", "eager", "training", "bf16", True)
 
@@ -75,6 +78,66 @@ def test_layers_that_run_the_same_code_count_each() -> None:
     # something else may hide there
     for hidden in ({"failed": 1}, {"graphs": 1}, {"missed": 1}):
         assert coverage.totals([broken | hidden])[LLAMA.column]["taken"] == 2
+
+
+class Block(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.project = nn.Linear(8, 24)
+
+    def forward(self, x: Tensor) -> Tensor:
+        q, k, v = self.project(x).chunk(3, -1)
+        torch._dynamo.graph_break()
+        return (q @ k.mT).softmax(-1) @ v
+
+
+class Last(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x @ x.mT).softmax(-1) @ x
+
+
+class Model(nn.Module):
+    """Three alike layers, each of which breaks the graph, and an attention that runs once."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(Block() for _ in range(3))
+        self.last = Last()
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            x = x + layer(x)
+        return self.last(x)
+
+
+@pytest.mark.parametrize("training", [False, True])
+def test_runs_are_counted(training: bool) -> None:
+    found, graphs = compiled(Model(), {"x": torch.ones(2, 4, 8)}, training, {}, "aot_eager")
+    assert found["output 0"].shape == (2, 4, 8)
+    assert sorted(graph.runs for graph in graphs if graph.report.fused) == [1, 3]
+    one = row(LLAMA, 0) | coverage._remarks(graphs)
+    assert (one["fused"], one["missed"], sum(one["codes"].values())) == (4, 0, 4)
+    assert one["runs"] == [graph.runs for graph in graphs]
+    assert coverage.totals([one])[LLAMA.column]["taken"] == 4
+
+
+def test_remarks_on_a_graph_count_once() -> None:
+    remarks = Remark.of("AF041", reason="it is so"), Remark.of("AF024")
+    found = coverage._remarks([Graph([Report(remarks)], runs=3), Graph([Report(remarks)], runs=0)])
+    assert found["codes"] == {"AF024": 3, "AF041": 2}
+    assert found["missed"] == 3
+
+
+def test_what_ran_once_counts_once() -> None:
+    """Half of the attentions of a model in which graphs break, each of them run once: no others ran the same code."""
+    broken = row(LLAMA, 2, missed=0, graphs=7, runs=[1] * 7)
+    assert coverage.totals([broken])[LLAMA.column]["taken"] == 2
+
+
+def test_worse_than_a_row_without_runs() -> None:
+    before = row(LLAMA, 2, missed=0, graphs=7)
+    assert coverage.worse(row(LLAMA, 4, runs=[2]), before) == ""
+    assert "3 attentions fused or kept, 4 before" in coverage.worse(row(LLAMA, 3, runs=[1]), before)
 
 
 def test_worse() -> None:

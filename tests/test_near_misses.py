@@ -74,6 +74,14 @@ def weights_summed_up_elsewhere(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor
     return weights @ v, (weights * weights.log()).sum(-1)
 
 
+@near_miss("AF037")
+def weights_put_where_they_are_read(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    weights = (q @ k.mT).softmax(-1)
+    kept = weights.new_zeros(2, 4, 6, 8)
+    kept.scatter_(3, torch.arange(6).expand(2, 4, 6, 6), weights)
+    return weights @ v, kept.amax(-1)
+
+
 @near_miss("AF021")
 def weights_as_both_operands(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     weights = (q @ k.mT).softmax(-1)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -70,7 +71,7 @@ def sizes_known(env: ShapeEnv | None) -> list[object]:
     if env is None:
         return []
     replaced, ranges = (
-        {symbol: x for symbol, x in found.items() if not str(symbol).startswith("u")}
+        {symbol: x for symbol, x in found.items() if not str(symbol).startswith(("u", "zuf"))}
         for found in (env.replacements, env.var_to_range)
     )
     asserts = {str(symbol): [str(x.expr) for x in found] for symbol, found in env.deferred_runtime_asserts.items()}
@@ -826,6 +827,88 @@ def test_sizes_that_depend_on_values(outputs: bool) -> None:
     unbacked = [node for node in new.graph.nodes if "unbacked_bindings" in node.meta]
     assert {str(node.target) for node in unbacked} >= {"aten.nonzero.default", "aten.index.Tensor"}
     assert "aten.item.default" in calls(new)
+
+
+def _numpy_size(x: Tensor, n: Tensor) -> Tensor:
+    """NumPy's functions take a tensor for a number: one call makes a size and uses it."""
+    return x.sum() * torch.from_numpy(np.zeros((2, n.sum().numpy()[()])) + 2).float()
+
+
+def _number_as_size(x: Tensor, n: Tensor) -> Tensor:
+    size = n.item()
+    return x.new_zeros(size).sum() + torch.ones(size + 1, 3).cumsum(0)  # type: ignore[arg-type, operator]
+
+
+def _number_in_arithmetic(x: Tensor, n: Tensor) -> Tensor:
+    size = n.item()
+    torch._check(size > 1)
+    return x * size / (size - 1) + torch.arange(2 * size + 1).sum()
+
+
+def _number_in_a_slice(x: Tensor, n: Tensor) -> Tensor:
+    size = n.item()
+    torch._check(size >= 0)
+    torch._check(size < x.shape[1])
+    return x[:, :size].softmax(-1) + x.narrow(1, 0, size)  # type: ignore[misc, arg-type]
+
+
+def _float_of_a_tensor(x: Tensor, n: Tensor) -> Tensor:
+    return x * (n * 0.5).item() + n.bool().item()
+
+
+def _checks(gm: fx.GraphModule) -> list[str]:
+    """The checks of a graph that ask something, by what they say."""
+    asserts = gm.graph.find_nodes(op="call_function", target=aten._assert_scalar.default)
+    return [node.args[1] for node in asserts if isinstance(node.args[0], fx.Node)]
+
+
+@pytest.mark.parametrize(
+    "fn", [_numpy_size, _number_as_size, _number_in_arithmetic, _number_in_a_slice, _float_of_a_tensor]
+)
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_numbers_of_tensors(fn: Function, dynamic: bool) -> None:
+    """Sizes and numbers that item() gives are bound where they are made, and what Dynamo checks of them stays checked."""
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        capture = check(fn, G, torch.tensor(4), dynamic=dynamic)
+    ((given, new),) = capture.pairs
+    made = [node for node in new.graph.nodes if "unbacked_bindings" in node.meta]
+    assert len(made) == sum(len(node.meta.get("unbacked_bindings", ())) for node in given.graph.nodes)
+    assert _checks(new) == _checks(given)
+
+
+def test_checks_of_numbers_hold_at_run_time() -> None:
+    """Of a size that NumPy makes; stock forgets what Dynamo checks of it."""
+
+    def fn(x: Tensor, n: Tensor) -> Tensor:
+        return x * torch.from_numpy(np.ones((4, n.sum().numpy()[()]))).float()
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch._dynamo.reset()
+        compiled = torch.compile(fn, backend=Capture(), dynamic=False)
+        compiled(X, torch.tensor(6))
+        with pytest.raises(RuntimeError, match="Runtime assertion failed"):
+            compiled(X, torch.tensor(5))
+
+
+def test_numbers_that_stand_in_another_place() -> None:
+    """A check was made of another number than that of Dynamo's in whose name it was answered."""
+
+    def fn(x: Tensor, n: Tensor) -> Tensor:
+        return x.sum() + torch.from_numpy(np.zeros((n.numpy()[0], n.numpy()[1])))
+
+    def swapped(gm: fx.GraphModule, inputs: Sequence[Any]) -> Any:
+        node = next(node for node in gm.graph.nodes if len(node.meta.get("unbacked_bindings", ())) == 2)
+        first, second = node.meta["unbacked_bindings"]
+        places = node.meta["unbacked_bindings"]
+        node.meta["unbacked_bindings"] = {first: places[second], second: places[first]}
+        with pytest.raises(NormaliseError, match="other sizes than Dynamo recorded"):
+            normalise(gm)
+        node.meta["unbacked_bindings"] = places
+        return gm.forward
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        torch._dynamo.reset()
+        torch.compile(fn, backend=swapped)(X, torch.tensor([2, 3]))
 
 
 def test_floats_of_a_model_that_are_inputs() -> None:

@@ -22,7 +22,7 @@ import operator
 import types
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Final, cast
+from typing import Any, Final
 from unittest import mock
 
 import sympy
@@ -38,7 +38,7 @@ from torch.autograd import grad_mode
 from torch.fx import traceback
 from torch.fx._lazy_graph_module import _use_lazy_graph_module
 from torch.fx.experimental import proxy_tensor
-from torch.fx.experimental.symbolic_shapes import ShapeEnv, rebind_unbacked
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.passes.shape_prop import _extract_tensor_metadata
 from torch.fx.proxy import _COPY_META_FIELDS
 from torch.utils import _pytree as pytree
@@ -46,6 +46,7 @@ from torch.utils._sympy.value_ranges import bound_sympy
 
 from attnfuse.passes.custom import as_operators
 from attnfuse.passes.dynamo import VMAP_OUT, NormaliseError, batched, module_of, name_of, outdates, recorded, refuse
+from attnfuse.passes.unbacked import BINDINGS, Unbacked
 
 __all__ = ["NormaliseError", "normalise"]
 
@@ -105,8 +106,6 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         raise NormaliseError("the graph has no tensor input")
     try:
         with fake_mode, _no_new_guards(fake_mode), _no_questions_of_layout():
-            # Else nonzero() would answer with the symbol that it made when Dynamo ran it.
-            fake_mode.epoch += 1
             try:
                 return _Retrace(fake_mode, recall=not outdates(gm)).trace(gm)
             except _OutdatedError:
@@ -170,6 +169,7 @@ class _Retrace:
         self.fake_mode = fake_mode
         self.recall = recall
         self.calls: dict[object, _Call] = {}
+        self.symbols = Unbacked(fake_mode)
 
     def own(self, value: object) -> object:
         """The value, of which the retrace may change shape and autograd state if it does not rely on what Dynamo recorded."""
@@ -181,8 +181,11 @@ class _Retrace:
             values = [recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
         values = [self.own(value) for value in values]
         replay = _Replay(gm, self)
+        # else nonzero() would answer with the symbol that it made when the graph was run before
+        self.fake_mode.epoch += 1
         with (
             replay.modes_restored(),
+            self.symbols.answered(),
             enable_python_dispatcher(),
             traceback.preserve_node_meta(),
             _use_lazy_graph_module(True),
@@ -274,7 +277,10 @@ class _Replay(fx.Interpreter):
                 return None
             if n.target == "size" and isinstance(args[0], torch.Tensor):
                 return args[0].size(*args[1:], **kwargs)
-            if n.target == "item" and isinstance(recorded(n), Sym) and "unbacked_bindings" not in n.meta:
+            if n.target is aten.sym_size.int and not kwargs:
+                # the operator would give a number where Dynamo's checks say what the symbol is, and the checks would be lost
+                return args[0].size(args[1])
+            if n.target == "item" and isinstance(recorded(n), Sym) and BINDINGS not in n.meta:
                 return self._item(n, args[0])
             if (product := self._product(n, args, kwargs)) is not None:
                 return product
@@ -291,6 +297,7 @@ class _Replay(fx.Interpreter):
             places = {self._node_of(x): _Operand(i) for i, x in enumerate(operands) if isinstance(x, torch.Tensor)}
             nodes = self.tracer.graph.nodes
             count = len(nodes)
+        self.retrace.symbols.expect(n)
         with self._set_current_node(n):
             result = getattr(self, n.op)(n.target, args, kwargs)
         written = [node for node, _ in zip(reversed(nodes), range(len(nodes) - count), strict=False)][::-1]
@@ -307,7 +314,7 @@ class _Replay(fx.Interpreter):
 
     def _key(self, n: fx.Node, args: object, kwargs: object, operands: list[Any]) -> object | None:
         """All that decides which operators a call becomes, or None if that cannot be told. Fills `operands`."""
-        if "unbacked_bindings" in n.meta or not (isinstance(n.target, str) or _is_torch(n.target)):
+        if BINDINGS in n.meta or not (isinstance(n.target, str) or _is_torch(n.target)):
             return None
         places: dict[int, int] = {}
 
@@ -459,8 +466,8 @@ class _Replay(fx.Interpreter):
         if not written and (in_place or not _is_value(result)) and not name.startswith(_SILENT):
             raise NormaliseError(f"`{n}` has an effect that the retrace would lose")
         known = recorded(n)
-        if "unbacked_bindings" in n.meta:
-            rebind_unbacked(self.retrace.fake_mode.shape_env, n, cast(Any, result))
+        if BINDINGS in n.meta:
+            self.retrace.symbols.bind(n, result)
         elif recall and isinstance(result, FakeTensor) and isinstance(known, FakeTensor):
             now, then = self._describe(result)[1:], self._describe(known)[1:]
             if now != then and not self._equal(now, then):
@@ -617,8 +624,8 @@ class _Replay(fx.Interpreter):
 
         out = self.tracer.create_proxy("call_function", target, *fx.node.map_arg((n.args, n.kwargs), proxy))
         out.node.meta["val"] = value
-        if "unbacked_bindings" in n.meta:
-            out.node.meta["unbacked_bindings"] = n.meta["unbacked_bindings"]
+        if BINDINGS in n.meta:
+            out.node.meta[BINDINGS] = n.meta[BINDINGS]
         leading = NORMALISED_BODIES.get(str(target))
         if leading is not None and not any(isinstance(x, fx.Node) for x in n.kwargs.values()):
             autocasts = tuple(args for args, _ in self._autocasts)

@@ -240,7 +240,8 @@ _STATISTICS: Final = frozenset(
             "logsumexp",
             "norm",
         ),
-        *("matmul", "bmm", "baddbmm", "cat", "stack", "copy", "empty", "new_empty", "empty_like"),
+        *("matmul", "bmm", "baddbmm", "cat", "stack", "copy", "empty", "new_empty", "empty_like", "fill", "zero"),
+        *("gather", "scatter", "scatter_add", "index_put", "index_copy", "index_add", "index_fill", "masked_scatter"),
     }
 )
 """Of what people compute beside an attention and do not read: operators that do nothing else than to give their result."""

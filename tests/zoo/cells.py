@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import copy
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 
-from attnfuse.backend import listening
+from attnfuse.backend import attnfuse, listening
 from attnfuse.remark import Report
 from tests import models, zoo
 from tests.harness import Terms
@@ -100,38 +100,59 @@ def build(cell: Cell, dropout: float = 0.0) -> nn.Module:
     return model.train(cell.mode != "inference")
 
 
-def compiled(model: nn.Module, downstream: str) -> Any:
-    """A copy of the model, compiled with attnfuse."""
+@dataclass
+class Graph:
+    """A graph that was compiled, what is reported of it, and how often its code ran: alike layers may share one."""
+
+    reports: list[Report] = field(default_factory=list)
+    runs: int = 0
+
+    @property
+    def report(self) -> Report:
+        return Report(()).merge(*self.reports)
+
+
+def compiled(
+    model: nn.Module, given: Inputs, training: bool, dynamo: Mapping[str, object], downstream: str
+) -> tuple[dict[str, Tensor], list[Graph]]:
+    """The results of a copy of the model, compiled with attnfuse, and its graphs."""
+    graphs: list[Graph] = []
+
+    def backend(gm: torch.fx.GraphModule, example_inputs: Sequence[Any]) -> Any:
+        graphs.append(graph := Graph())
+        run = attnfuse(gm, example_inputs, options={"downstream": downstream})
+
+        def counted(*args: Any) -> Any:
+            graph.runs += 1
+            return run(*args)
+
+        return counted
+
     torch._dynamo.reset()
-    return torch.compile(copy.deepcopy(model), backend="attnfuse", options={"downstream": downstream})
+    # what is said of a backward comes later
+    with listening(lambda report: graphs[-1].reports.append(report)):
+        return results(torch.compile(copy.deepcopy(model), backend=backend), given, training, dynamo), graphs
 
 
-def found_in(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
-    """What is reported of each graph of the cell's model, with a dropout that drops."""
-    reports: list[Report] = []
-    with listening(reports.append):
-        found = results(
-            compiled(build(cell, PROBABILITY), downstream),
-            cell.entry.inputs(cell.masked),
-            cell.mode != "inference",
-            cell.entry.dynamo,
-        )
+def found_in(cell: Cell, downstream: str = "aot_eager") -> list[Graph]:
+    """The graphs of the cell's model, with a dropout that drops."""
+    given = cell.entry.inputs(cell.masked)
+    training = cell.mode != "inference"
+    found, graphs = compiled(build(cell, PROBABILITY), given, training, cell.entry.dynamo, downstream)
     for key, value in found.items():
         assert value.isfinite().all() or cell.mode != "dropout", f"{key} is not finite with dropout"
-    return reports
+    return graphs
 
 
-def compared(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
-    """Compiles the cell's model, compares it with eager and with float64 by the numerics contract, and returns the reports.
+def compared(cell: Cell, downstream: str = "aot_eager") -> list[Graph]:
+    """Compiles the cell's model, compares it with eager and with float64 by the numerics contract, and returns its graphs.
 
     Raises:
         AssertionError: an output or a gradient is wrong.
     """
     training = cell.mode != "inference"
     model, given = build(cell, NEVER), cell.entry.inputs(cell.masked)
-    reports: list[Report] = []
-    with listening(reports.append):
-        actual = results(compiled(model, downstream), given, training, cell.entry.dynamo)
+    actual, graphs = compiled(model, given, training, cell.entry.dynamo, downstream)
     original = results(model, given, training)
     if cell.entry.float64:
         exact, scales = models.exact(model, lambda double: _exactly(double, given, training))
@@ -142,7 +163,7 @@ def compared(cell: Cell, downstream: str = "aot_eager") -> list[Report]:
     for key, value in exact.items():
         scale = max(scales.get(key, 0.0), float(value.abs().max()))
         assert_close(actual[key], original[key], value, scale, what=f"{cell.name} {key}")
-    return reports
+    return graphs
 
 
 def _exactly(wide: nn.Module, given: Inputs, training: bool) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -6,7 +6,8 @@
 
 A row is one line of JSON in benchmarks/results/coverage: a model, an implementation, a mode, a type, a mask or none; how many
 attentions were expected and how many were fused, kept, declined or missed, with their codes; whether outputs and gradients are
-right; the graphs; and how many of the attentions stock Inductor's patterns matched. Stopped, it goes on where it was.
+right; the graphs, and how often each ran in one forward; and how many of the attentions stock Inductor's patterns matched. An
+attention counts as often as it ran. Stopped, a run goes on where it was.
 """
 
 from __future__ import annotations
@@ -31,7 +32,9 @@ from rich.console import Console
 from rich.progress import Progress
 from rich.table import Table
 
-from .cells import Cell, cells, sample
+from attnfuse.remark import CODES
+
+from .cells import Cell, Graph, cells, sample
 from .entry import MissingArchitecture
 
 ROWS: Final = Path(__file__).parents[2] / "benchmarks" / "results" / "coverage" / "rows.jsonl"
@@ -78,19 +81,17 @@ def _too_long(number: int, frame: object) -> None:
 
 
 def _outcome(cell: Cell) -> Row:
-    from attnfuse.remark import Report
-
     from . import cells as ways
 
     found: Row = {}
-    reports: list[Report] = []
+    graphs: list[ways.Graph] = []
     # some graphs run as Inductor's code and not operator by operator, with attnfuse and without
     for downstream in ("aot_eager", "inductor"):
         found = {"correct": False, "downstream": downstream}
         try:
-            reports = ways.compared(cell, downstream)
+            graphs = ways.compared(cell, downstream)
             if cell.mode == "dropout":
-                reports = ways.found_in(cell, downstream)
+                graphs = ways.found_in(cell, downstream)
             found["correct"] = True
             break
         except MissingArchitecture:
@@ -98,15 +99,28 @@ def _outcome(cell: Cell) -> Row:
         except AssertionError as error:
             found["error"] = _first_line(error)
             with contextlib.suppress(Exception):
-                reports = ways.found_in(cell, downstream)
+                graphs = ways.found_in(cell, downstream)
             break
         except Exception as error:
             found["error"] = found["raised"] = _first_line(error)
-    merged = Report(()).merge(*reports)
-    kinds = Counter(remark.kind for remark in merged.remarks)
-    found |= {kind: kinds[kind] for kind in ("fused", "kept", "declined", "missed", "failed")}
-    codes = Counter(remark.code for remark in merged.remarks)
-    return found | {"codes": dict(sorted(codes.items())), "graphs": len(reports)}
+    return found | _remarks(graphs)
+
+
+def _remarks(graphs: Sequence[Graph]) -> Row:
+    """What was said of the graphs: of an attention as often as it ran, of a graph once."""
+    kinds: Counter[str] = Counter()
+    codes: Counter[str] = Counter()
+    for graph in graphs:
+        for remark in graph.report.remarks:
+            times = graph.runs if CODES[remark.code].scope == "site" else 1
+            kinds[remark.kind] += times
+            codes[remark.code] += times
+    found: Row = {kind: kinds[kind] for kind in ("fused", "kept", "declined", "missed", "failed")}
+    return found | {
+        "codes": dict(sorted(codes.items())),
+        "graphs": len(graphs),
+        "runs": [graph.runs for graph in graphs],
+    }
 
 
 def _first_line(error: Exception) -> str:
@@ -124,30 +138,42 @@ def _stock(cell: Cell) -> Row:
 
     from . import cells as ways
 
-    graphs, kernels = [], []
-
-    def counted(gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
-        kernels.extend(
-            n for n in gm.graph.nodes if "_scaled_dot_product" in str(n.target) and "backward" not in str(n.target)
-        )
-        return make_boxed_func(gm.forward)
+    # of each graph: runs, attentions that a pattern matched, kernels
+    graphs: list[Counter[str]] = []
+    training = cell.mode != "inference"
 
     def backend(gm: Any, example_inputs: Sequence[Any]) -> Any:
-        graphs.append(gm)
-        return compile_fx(gm, example_inputs, inner_compile=counted)
+        graphs.append(graph := Counter())
+
+        def counted(gm: Any, example_inputs: Sequence[Any], **kwargs: Any) -> Any:
+            targets = [str(n.target) for n in gm.graph.nodes]
+            graph["kernels"] += sum("_scaled_dot_product" in name and "backward" not in name for name in targets)
+            return make_boxed_func(gm.forward)
+
+        counters.clear()
+        run = compile_fx(gm, example_inputs, inner_compile=counted)
+        matched = counters["inductor"]["fuse_attention"]
+        # in training the replacement is traced twice
+        graph["matched"] = matched // 2 if training else matched
+
+        def running(*args: Any) -> Any:
+            graph["runs"] += 1
+            return run(*args)
+
+        return running
 
     torch._dynamo.reset()
-    counters.clear()
-    training = cell.mode != "inference"
     try:
         with config.patch(fx_graph_cache=False), functorch_config.patch(enable_autograd_cache=False):
             model = torch.compile(ways.build(cell, ways.PROBABILITY), backend=backend)
             ways.results(model, cell.entry.inputs(cell.masked), training, cell.entry.dynamo)
     except Exception as error:
         return {"stock_error": _first_line(error)}
-    matched = counters["inductor"]["fuse_attention"]
-    # in training the replacement is traced twice
-    return {"stock": matched // 2 if training else matched, "stock_kernels": len(kernels), "stock_graphs": len(graphs)}
+    found = {
+        key: sum(graph["runs"] * graph[name] for graph in graphs)
+        for key, name in (("stock", "matched"), ("stock_kernels", "kernels"))
+    }
+    return found | {"stock_graphs": len(graphs)}
 
 
 def read() -> dict[str, Row]:
@@ -196,7 +222,9 @@ def counted(rows: Sequence[Row]) -> list[Row]:
 
 
 def _runs(one: Row) -> int:
-    """How often each attention that was compiled is run: where the graph breaks in a layer, alike layers run the same code."""
+    """How often each attention of an older row ran, of those that do not count it: alike layers run the same code."""
+    if "runs" in one:
+        return 1
     seen, expected = sum(one[kind] for kind in ("fused", "kept", "declined", "missed")), one["expected"]
     alike = one["graphs"] > 1 and not one["failed"] and 0 < seen < expected and expected % seen == 0
     return expected // seen if alike else 1
@@ -250,8 +278,8 @@ def worse(new: Row, old: Row | None) -> str:
         return ""
     if not new["correct"] and (old is None or old["correct"]):
         return new.get("error", "wrong")
-    taken = new["fused"] + new["kept"]
-    before = min(old["fused"] + old["kept"], new["expected"]) if old is not None else new["expected"]
+    taken = (new["fused"] + new["kept"]) * _runs(new)
+    before = min((old["fused"] + old["kept"]) * _runs(old), new["expected"]) if old is not None else new["expected"]
     return f"{taken} attentions fused or kept, {before} before" if taken < before else ""
 
 
