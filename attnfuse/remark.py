@@ -177,6 +177,13 @@ CODES: Final[dict[str, Code]] = {
         " stand, in bfloat16 and in training.",
         "Do not return or keep the weights: set output_attentions=False, remove hooks and probes that read them.",
     ),
+    "AF038": Code(
+        "declined",
+        "a matrix mixes the heads",
+        "It stands between the scores and the softmax, or the weights and the values (talking heads). A kernel would work on all"
+        " heads side by side for each of them, and was measured to be slower than the operations as they stand, up to 576 tokens.",
+        "Nothing to do.",
+    ),
     "AF040": Code(
         "failed",
         "a pass raised an exception at this attention",

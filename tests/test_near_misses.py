@@ -47,6 +47,72 @@ def causal() -> Tensor:
     return torch.arange(6) <= torch.arange(6)[:, None]
 
 
+# Heads that are mixed
+
+
+def mixing(*sizes: int) -> Callable[[], tuple[Tensor, ...]]:
+    """q, k, v of 4 heads and 6 tokens, and two matrices of these sizes."""
+    return lambda: (*qkv(), *(randn(size, size, seed=20 + i) / size**0.5 for i, size in enumerate(sizes)))
+
+
+def over(x: Tensor, matrix: Tensor, dim: int) -> Tensor:
+    """The matrix over one dimension of the scores."""
+    return F.linear(x.movedim(dim, -1), matrix).movedim(-1, dim)
+
+
+@near_miss("AF038", inputs=mixing(4, 4))
+def heads_mixed_before_and_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    scores = F.linear((q @ k.mT).permute(0, 2, 3, 1), a).permute(0, 3, 1, 2)
+    return F.linear(scores.softmax(-1).permute(0, 2, 3, 1), b).permute(0, 3, 1, 2) @ v
+
+
+@near_miss("AF038", inputs=mixing(4, 4))
+def heads_mixed_by_einsum_under_a_mask(q: Tensor, k: Tensor, v: Tensor, a: Tensor, b: Tensor) -> Tensor:
+    scores = torch.einsum("bhij,hg->bgij", q @ k.mT * 0.5, a)
+    weights = scores.masked_fill(~causal(), -torch.inf).softmax(-1)
+    return torch.einsum("bgij,bgjd->bgid", torch.einsum("bhij,hg->bgij", weights, b), v)
+
+
+@near_miss("AF038", inputs=mixing(4))
+def heads_mixed_before_the_softmax(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return F.conv2d(q @ k.mT, a[:, :, None, None]).softmax(-1) @ v
+
+
+@near_miss("AF038", inputs=mixing(4))
+def heads_mixed_after_the_softmax(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over((q @ k.mT).softmax(-1), a, 1) @ v
+
+
+@near_miss("AF024", inputs=mixing(6))
+def queries_mixed(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over(q @ k.mT, a, 2).softmax(-1) @ v
+
+
+@near_miss("AF024", inputs=mixing(6))
+def keys_mixed(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over(q @ k.mT, a, 3).softmax(-1) @ v
+
+
+@near_miss("AF024", inputs=mixing(4))
+def heads_mixed_and_summed_up(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over(q @ k.mT, a, 1).cumsum(-1).softmax(-1) @ v
+
+
+@near_miss("AF023", inputs=mixing(6))
+def weights_of_queries_mixed(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over((q @ k.mT).softmax(-1), a, 2) @ v
+
+
+@near_miss("AF023", inputs=mixing(6))
+def weights_of_keys_mixed(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over((q @ k.mT).softmax(-1), a, 3) @ v
+
+
+@near_miss("AF023", inputs=mixing(4))
+def weights_of_heads_mixed_and_squared(q: Tensor, k: Tensor, v: Tensor, a: Tensor) -> Tensor:
+    return over((q @ k.mT).softmax(-1), a, 1) ** 2 @ v
+
+
 # Weights and scores that are seen by others
 
 

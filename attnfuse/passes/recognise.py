@@ -22,6 +22,7 @@ from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, prod
 from attnfuse.passes.learned import greatest_of
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.magnitude import most
+from attnfuse.passes.mixed import mixed_heads
 from attnfuse.passes.peel import (
     Beside,
     Descent,
@@ -167,7 +168,10 @@ def recognise(scope: Scope, anchor: fx.Node) -> Site:
     if packet(anchor) == "scaled_dot_product_attention":
         site = _from_sdpa(scope, anchor)
     else:
-        site = _from_softmax(scope, anchor)
+        try:
+            site = _from_softmax(scope, anchor)
+        except Miss as miss:
+            raise mixed_heads(anchor) or miss from None
     check(site)
     return site
 
