@@ -106,9 +106,12 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
         raise NormaliseError("the graph has no tensor input")
     try:
         with fake_mode, _no_new_guards(fake_mode), _no_questions_of_layout():
+            # Else nonzero() would answer with the symbol that it made when the graph was run before.
+            fake_mode.epoch += 1
             try:
                 return _Retrace(fake_mode, recall=not outdates(gm)).trace(gm)
             except _OutdatedError:
+                fake_mode.epoch += 1
                 return _Retrace(fake_mode, recall=False).trace(gm)
     except NormaliseError:
         raise
@@ -181,8 +184,6 @@ class _Retrace:
             values = [recorded(node) for node in gm.graph.find_nodes(op="placeholder")]
         values = [self.own(value) for value in values]
         replay = _Replay(gm, self)
-        # else nonzero() would answer with the symbol that it made when the graph was run before
-        self.fake_mode.epoch += 1
         with (
             replay.modes_restored(),
             self.symbols.answered(),
