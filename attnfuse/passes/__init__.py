@@ -18,6 +18,7 @@ from typing import Final, TypeVar
 from torch import fx
 
 from attnfuse.options import Options
+from attnfuse.passes.band import unband
 from attnfuse.passes.decide import decide
 from attnfuse.passes.dump import dump
 from attnfuse.passes.graph import module_path, packet, source_line
@@ -143,6 +144,7 @@ def normalised(work: Work) -> None:
         left = {name for at, name in work.leave if at == number}
         respell(module.graph, left)
         join(module.graph, left)
+        unband(module.graph, left)
 
 
 def recognised(work: Work) -> None:

@@ -20,7 +20,7 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import MODE_SWITCHES, Storage, aten, between, bound, erase, fake, is_tensor, packet, shape
 from attnfuse.passes.views import cuts_gradient
 
-__all__ = ["JOINED", "join"]
+__all__ = ["JOINED", "Maker", "join"]
 
 JOINED: Final = "attnfuse_joined"
 """In a softmax's meta: its name, if its keys or its values were joined."""
@@ -95,7 +95,7 @@ def _join_keys(softmax: fx.Node) -> bool:
         cat.prepend(node)
     graph = softmax.graph
     with graph.inserting_before(moved[0] if moved else cat):
-        make = _Maker(graph, first.found.node)
+        make = Maker(graph, first.found.node)
         keys = make(aten.cat.default, [_aligned(make, p) for p in parts], -2)
         scores = make(aten.matmul.default, _cast(make, first.one), make(aten.transpose.int, keys, -2, -1))
         start = 0
@@ -128,7 +128,7 @@ def _join_values(softmax: fx.Node) -> bool:
         return False
     graph = softmax.graph
     with graph.inserting_before(total):
-        make = _Maker(graph, total)
+        make = Maker(graph, total)
         values = make(aten.cat.default, [_aligned(make, part) for part in parts], -2)
         out = make(aten.matmul.default, _cast(make, weights), values)
     total.replace_all_uses_with(out)
@@ -136,17 +136,17 @@ def _join_values(softmax: fx.Node) -> bool:
     return True
 
 
-class _Maker:
+class Maker:
     """Makes nodes that stand for another one, with their values."""
 
     def __init__(self, graph: fx.Graph, like: fx.Node) -> None:
         self.graph, self.like = graph, like
 
-    def __call__(self, target: torch._ops.OpOverload, *args: Any) -> fx.Node:
-        node = self.graph.call_function(target, args)
-        values = fx.node.map_arg(args, fake)
+    def __call__(self, target: torch._ops.OpOverload, *args: Any, **kwargs: Any) -> fx.Node:
+        node = self.graph.call_function(target, args, kwargs)
+        values = fx.node.map_arg((args, kwargs), fake)
         with fake(self.like).fake_mode, torch._C._DisableAutocast():  # type: ignore[attr-defined]
-            value = target(*values)
+            value = target(*values[0], **values[1])
         node.meta = {**self.like.meta, "val": value}
         return node
 
@@ -216,7 +216,7 @@ def _checked(part: _Part) -> _Part | None:
     return part if plain and static and {*part.labels} <= {*part.joinable, ""} else None
 
 
-def _aligned(make: _Maker, part: _Part) -> fx.Node:
+def _aligned(make: Maker, part: _Part) -> fx.Node:
     """The part as [batch ..., keys, depth], expanded where it has no dimension of its own, in the type of its product."""
     node, own, labels = _cast(make, part.other), list(part.labels), part.joinable
     sizes = dict(zip(part.found.out_labels, shape(part.found.node), strict=True))
@@ -233,7 +233,7 @@ def _aligned(make: _Maker, part: _Part) -> fx.Node:
     return node if list(shape(node)) == full else make(aten.expand.default, node, full)
 
 
-def _cast(make: _Maker, node: fx.Node) -> fx.Node:
+def _cast(make: Maker, node: fx.Node) -> fx.Node:
     """A factor in the type of the product, to which only autocast casts."""
     dtype = fake(make.like).dtype
     return node if fake(node).dtype == dtype else make(aten.to.dtype, node, dtype)

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any, Final
+from typing import Final
 
 import torch
 from torch import fx
 from torch._subclasses.fake_tensor import FakeTensor
 
+from attnfuse.passes.constants import constant
 from attnfuse.passes.graph import fake, is_tensor, packet
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.views import VIEWS
@@ -38,7 +39,6 @@ _MOVES: Final = (
 _MEANS: Final = ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
 # Constants of more elements, or of more steps, are not computed.
 _MOST_ELEMENTS: Final = 1 << 14
-_MOST_STEPS: Final = 64
 
 
 def greatest_of(scope: Scope, is_common: Callable[[Load], bool] = lambda load: False) -> Callable[[Load], float]:
@@ -96,65 +96,6 @@ def _largest_constant(scope: Scope, node: fx.Node) -> float | None:
     """The greatest magnitude in a tensor that no input of the graph goes into; None where it is not made so, or large."""
     known = scope.constants
     if node not in known:
-        steps = _steps_to(scope, node)
-        try:
-            known[node] = None if steps is None else _largest(scope, steps)
-        except Exception:
-            # a constant that cannot be had here is not known
-            known[node] = None
+        found = constant(scope.storage, node, _MOST_ELEMENTS)
+        known[node] = None if found is None else float(found.abs().max()) if found.numel() else 0.0
     return known[node]
-
-
-def _steps_to(scope: Scope, node: fx.Node) -> list[fx.Node] | None:
-    """The nodes that a tensor is made by, the last first, where no input, no memory and no chance goes into it."""
-    steps: list[fx.Node] = []
-    todo = [node]
-    while todo:
-        at = todo.pop()
-        if at in steps:
-            continue
-        overload = at.target
-        plain = at.op == "get_attr" or (
-            isinstance(overload, torch._ops.OpOverload)
-            and not overload._schema.is_mutable
-            and torch.Tag.nondeterministic_seeded not in overload.tags
-            and "empty" not in packet(at)
-        )
-        large = is_tensor(at) and not _is_small(at)
-        if not plain or large or len(steps) == _MOST_STEPS or (is_tensor(at) and scope.storage.writes(at)):
-            return None
-        steps.append(at)
-        todo.extend(at.all_input_nodes)
-    return steps
-
-
-def _largest(scope: Scope, steps: list[fx.Node]) -> float:
-    values: dict[fx.Node, Any] = {}
-
-    def value(at: fx.Node) -> Any:
-        if at not in values:
-            for above in at.all_input_nodes:
-                value(above)
-            values[at] = _computed(scope, at, values)
-        return values[at]
-
-    found = value(steps[0])
-    return float(found.abs().max()) if found.numel() else 0.0
-
-
-def _is_small(node: fx.Node) -> bool:
-    return all(isinstance(size, int) for size in fake(node).shape) and fake(node).numel() <= _MOST_ELEMENTS
-
-
-def _computed(scope: Scope, node: fx.Node, values: dict[fx.Node, Any]) -> Any:
-    if node.op == "get_attr":
-        held: Any = scope.module
-        for name in str(node.target).split("."):
-            held = getattr(held, name)
-        if isinstance(held, torch.nn.Parameter) or not isinstance(held, torch.Tensor):
-            raise LookupError(node.target)
-        return held.detach().cpu()
-    args, kwargs = fx.map_arg((node.args, dict(node.kwargs)), values.__getitem__)
-    args, kwargs = torch.utils._pytree.tree_map_only(torch.device, lambda _: torch.device("cpu"), (args, kwargs))
-    with torch.no_grad():
-        return node.target(*args, **kwargs)  # type: ignore[operator]

@@ -482,7 +482,7 @@ def _arange(at: At) -> Expr:
     return as_float(expr) if at.dtype.is_floating_point else expr
 
 
-_FILLED: Final[Mapping[str, str]] = {
+FILLED: Final[Mapping[str, str]] = {
     "zeros": "0",
     "new_zeros": "0",
     "zeros_like": "0",
@@ -496,9 +496,9 @@ _FILLED: Final[Mapping[str, str]] = {
 }
 
 
-@_rule(*_FILLED)
+@_rule(*FILLED)
 def _filled(at: At) -> Expr:
-    name = _FILLED[at.name]
+    name = FILLED[at.name]
     given: Any = int(name) if name in "01" else at.args[name]
     dtype = at.dtype
     constant = at.lifter.scalar(given)
