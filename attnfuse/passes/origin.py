@@ -183,16 +183,13 @@ class Origins:
         assert isinstance(target, fx.Node)
         if cuts_gradient(write) != cuts_gradient(self.storage.root(target)):
             raise Unproven("a write under no_grad")
-        if name == "copy_":
-            if not is_tensor(args["src"]):
-                raise Unproven("a copy of no tensor")
-            given = self._operand(args["src"], places, where, now)
-            return given if _dtype(args["src"]) == _dtype(target) else _rounded(given, _dtype(target))
-        if name in ("zero_", "fill_"):
-            number = 0 if name == "zero_" else args["value"]
-            if not isinstance(number, int | float):
-                raise Unproven("filled with data")
-            return [Case(where, _number(number, _dtype(target)))]
+        if name == "zero_":
+            return [Case(where, _number(0, _dtype(target)))]
+        if name in ("copy_", "fill_"):
+            source = args["src" if name == "copy_" else "value"]
+            given = self._operand(source, places, where, now)
+            alike = is_tensor(source) and _dtype(source) == _dtype(target)
+            return given if alike else _rounded(given, _dtype(target))
         if name == "masked_fill_":
             return self._chosen(write, args["mask"], args["value"], target, places, where, now)
         return self._computed(write, places, where, now)
