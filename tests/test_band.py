@@ -282,6 +282,27 @@ def values_padded_with_infinities(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) 
     return chunked(q, k, v, fill=torch.inf)().nan_to_num()
 
 
+@left
+def dropped_twice(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    """It is a band, but nothing that is fused: the chunks are still there."""
+    return chunked(q, k, v, drop=1e-9)(on_weights=lambda w: torch.nn.functional.dropout(w, 1e-9))
+
+
+def test_one_head() -> None:
+    def alone(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        added = torch.arange(M).view(1, 1, M, 1) * 0.125
+        x = scores(q, windows(k)) + windows(added)[:, :, :, 0]
+        return sums(x.masked_fill(outside(), -torch.inf).softmax(-1), windows(v))
+
+    (remark,) = check(alone, *(x[:1, :1] for x in given()[:3])).remarks
+    assert verdict(remark) == "s*0.5 + float(n)*0.125 where abs(n - m) <= 4 else -inf"
+
+
+def test_dynamic_sizes_are_left() -> None:
+    remarks = check(each_query_reads_its_window, *given(), dynamic=True).remarks
+    assert {remark.kind for remark in remarks} == {"missed"}
+
+
 def test_dropout() -> None:
     def dropped(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
         torch.manual_seed(0)
