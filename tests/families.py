@@ -191,6 +191,10 @@ FAMILIES: dict[str, tuple[str, Leaves]] = {
         "table: f32[:, :]; bucket: i64[:]; s*0.25 + table[bucket[n - m + M - 1], h]",
         lambda x: (floats(6, x.H), torch.arange(x.M + x.N) % 6),
     ),
+    "diagonals": (
+        "pad: bool[:, :]; bias: f32[:, :]; s*0.125 + bias[h, n - m + M - 1] where n <= m + 5 & pad[b, n] else +min",
+        lambda x: (scattered(x.B, x.N), floats(x.H, x.M + x.N - 1)),
+    ),
     "dense bias": (
         "bias: f32[:, :, :, :]; s*0.125 + bias[b, 0, m, n]",
         lambda x: (floats(x.B, 1, x.M, x.N).masked_fill(~scattered(x.B, 1, x.M, x.N), -1e4),),

@@ -19,8 +19,9 @@ import torch
 from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
-from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet
-from attnfuse.passes.index import Index, Size, Unliftable, size_of, value
+from attnfuse.passes.diagonal import Diagonal, along, is_worth_it
+from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet, shape
+from attnfuse.passes.index import Index, Size, Unliftable, same, size_of, value
 from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
 from attnfuse.passes.rules import MOVES, RULES, At, as_float, check_type
 from attnfuse.passes.views import broadcast, cuts_gradient
@@ -69,6 +70,7 @@ class LeafSource:
     Args:
         parts: where an element is read for each row and key, the sizes that each of `dims` is split into; else nothing.
         order: the permutation of what results that puts b, h, m and n in order.
+        diagonal: where the element depends on `n - m` alone, how; then it is read for each `n - m`, which comes last in `order`.
     """
 
     scope: Scope
@@ -76,11 +78,17 @@ class LeafSource:
     dims: tuple[int, ...]
     parts: tuple[tuple[Size, ...], ...] = ()
     order: tuple[int, ...] = ()
+    diagonal: Diagonal | None = None
 
     @property
     def rank(self) -> int:
         """How many indices its loads have."""
         return len(self.order) or len(self.dims)
+
+    @property
+    def given(self) -> tuple[fx.Node, ...]:
+        """The nodes whose values decide the leaf's."""
+        return (self.node,) if self.diagonal is None else self.diagonal.given
 
 
 @dataclass
@@ -96,7 +104,7 @@ class Table:
     _names: dict[Any, str] = field(default_factory=dict)
 
     def leaf(self, source: LeafSource) -> str:
-        key = (id(source.scope), source.node, source.dims, source.parts, source.order)
+        key = (id(source.scope), source.node, source.dims, source.parts, source.order, source.diagonal)
         if key not in self._names:
             self._names[key] = f"leaf{len(self.leaves)}"
             self.leaves[self._names[key]] = source
@@ -263,11 +271,38 @@ class Lifter:
         parts = tuple(tuple(digit.size for digit in index[at]) for at in dims)
         symbols = max((sum(not isinstance(size, int) for size in sizes) for sizes in parts), default=0)
         if {"m", "n"} <= {*names} <= {*_AXES} and len({*names}) == len(names) and symbols < 2:
+            found = self._along(node, index)
+            if found is not None:
+                return found
             order = tuple(sorted(range(len(names)), key=lambda at: _AXES.index(names[at])))
             name = self.scope.table.leaf(LeafSource(self.scope, node, dims, parts, order))
             return Load(name, tuple(digits[at].expr for at in order))
         name = self.scope.table.leaf(LeafSource(self.scope, node, dims))
         return Load(name, tuple(value(index[at]) for at in dims))
+
+    def _along(self, node: fx.Node, index: Sequence[Index]) -> Expr | None:
+        """A load of a floating-point node that has the same elements along each diagonal, for one row after the other."""
+        places = {str(dim[0].expr): at for at, dim in enumerate(index) if len(dim) == 1}
+        if not {"m", "n"} <= {*places} or any(len(dim) > 1 for dim in index) or not fake(node).dtype.is_floating_point:
+            return None
+        rows, keys = places["m"], places["n"]
+        sizes = shape(node)[rows], shape(node)[keys]
+        if not is_worth_it(*sizes) or not all(
+            same(x, index[at][0].size) for x, at in zip(sizes, (rows, keys), strict=True)
+        ):
+            return None
+        diagonal = along(self, node, rows, keys)
+        if diagonal is None:
+            return None
+        dims = tuple(sorted(places.values()))
+        names = sorted({*places} - {"m", "n"}, key=_AXES.index)
+        kept = [at for at in dims if at != rows]
+        order = tuple(kept.index(places[name]) for name in (*names, "n"))
+        name = self.scope.table.leaf(LeafSource(self.scope, node, dims, (), order, diagonal))
+        size = sizes[0]
+        most = Const(size) if isinstance(size, int) else Var(self.scope.table.symbol(size, self.scope, node))
+        offset = call("sub", call("add", call("sub", Var("n"), Var("m")), most), Const(1))
+        return Load(name, (*map(Var, names), offset))
 
     def scalar(self, arg: Any) -> Expr:
         """A number, a symbolic number or a 0-d tensor's item as an expression."""

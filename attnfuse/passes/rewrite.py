@@ -37,8 +37,8 @@ _AXES: Final = ("b", "h", "m", "e")
 class Emitter:
     """Writes nodes before a given one, with fake values and the source position of the attention."""
 
-    def __init__(self, site: Site) -> None:
-        self.graph = site.scope.module.graph
+    def __init__(self, site: Site, graph: fx.Graph | None = None) -> None:
+        self.graph = site.scope.module.graph if graph is None else graph
         self.site = site
         mode = fake(site.out).fake_mode  # type: ignore[attr-defined]
         assert isinstance(mode, FakeTensorMode)
@@ -469,6 +469,9 @@ def _size(emit: Emitter, node: fx.Node, dim: int) -> fx.Node | int:
 def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
     """The leaf's tensor in this scope, its dimensions of size 1 dropped."""
     scope = site.scope
+    if source.diagonal is not None:
+        node = _diagonal(site, source)
+        return node if source.scope is scope else scope.imported(source.scope, node)
     node = source.scope.current(source.node)
     if source in site.overwritten:
         node = _copied_before(emit, node, site.overwritten[source])
@@ -480,6 +483,27 @@ def _leaf(emit: Emitter, source: LeafSource, site: Site) -> fx.Node:
             node = emit(aten.squeeze.dim, node, dim)
     written = bool(source.scope.storage.writes(source.node))
     return _in_order(emit, node, source, shared=not written)
+
+
+def _diagonal(site: Site, source: LeafSource) -> fx.Node:
+    """The elements of a leaf for each `n - m`, in the graph of the leaf, one for all attentions; see `LeafSource`."""
+    assert source.diagonal is not None
+    known = source.scope.written.get(source)
+    if known is not None:
+        return known[0]
+    graph = source.scope.module.graph
+    emit = Emitter(site, graph)
+    with graph.inserting_before(source.node.next):
+        node = source.diagonal.written(emit, source.scope.current)
+        for dim in range(len(shape(source.node)) - 1, -1, -1):
+            if dim not in source.dims or dim == source.diagonal.rows:
+                node = emit(aten.squeeze.dim, node, dim)
+        if source.order != tuple(range(source.rank)):
+            node = emit(aten.permute.default, node, list(source.order))
+        if not same(sizes_of(fake(node).stride())[-1], 1):
+            node = emit(aten.clone.default, node, memory_format=torch.contiguous_format)
+    source.scope.written[source] = [node]
+    return node
 
 
 def _in_order(emit: Emitter, node: fx.Node, source: LeafSource, *, shared: bool) -> fx.Node:

@@ -39,7 +39,7 @@ def checker(site: Site, what: Meaning, facts: dict[str, object]) -> Callable[[fx
             return
         operands = {site.q.node, site.k.node, site.v.node}
         trials = 0
-        for values in _trials({*operands, *(source.node for source in what.leaves)}, operands):
+        for values in _trials({*operands, *(node for source in what.leaves for node in source.given)}, operands):
             try:
                 original = _run(old, values)
             except IndexError:

@@ -204,11 +204,12 @@ def block_of(
     m: tuple[int, int],
     n: tuple[int, int],
     keys: Tensor | None = None,
+    copies: dict[str, Tensor] | None = None,
 ) -> Block:
-    """Cells of a call, for expressions in fp32 (fp64 where q is); `keys` as in `Block`."""
+    """Cells of a call, for expressions in fp32 (fp64 where q is); `keys` and `copies` as in `Block`."""
     leaves = {leaf.name: x for leaf, x in zip(inputs.spec.leaves, inputs.leaves, strict=True)}
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    return Block(leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype, keys)
+    return Block(leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype, keys, copies=copies)
 
 
 def cover(inputs: Inputs) -> list[Run]:

@@ -21,6 +21,7 @@ from torch import Tensor
 
 from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Var, free_vars
 from attnfuse.spec import AttentionSpec, Shape
+from attnfuse.templates import diagonals
 
 Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
 
@@ -36,6 +37,7 @@ class Block:
     Args:
         keys: where not all keys of [n0, n1) are meant, or in another order, those that are, int64.
         rows: the same of [m0, m1).
+        copies: where leaves are kept that are read along diagonals, for all blocks of the call (`diagonals.repeated`).
     """
 
     def __init__(
@@ -47,6 +49,7 @@ class Block:
         dtype: torch.dtype,
         keys: Tensor | None = None,
         rows: Tensor | None = None,
+        copies: dict[str, Tensor] | None = None,
     ) -> None:
         self.leaves = leaves
         self.sizes = sizes
@@ -54,6 +57,7 @@ class Block:
         self.device = device
         self.dtype = dtype
         self.keys = keys
+        self.copies = copies
         self.rows = rows
         self._indices: list[Tensor | None] = [None] * 4
         for dim, chosen in ((2, rows), (3, keys)):
@@ -62,7 +66,7 @@ class Block:
 
     def part(self, ranges: Ranges) -> Block:
         """Other cells of the same call."""
-        return Block(self.leaves, self.sizes, ranges, self.device, self.dtype)
+        return Block(self.leaves, self.sizes, ranges, self.device, self.dtype, copies=self.copies)
 
     @property
     def shape(self) -> tuple[int, int, int, int]:
@@ -151,8 +155,11 @@ class Evaluator:
             run = None if expr.name == "s" else _variable(expr.name)
         elif isinstance(expr, Load):
             kind = self._spec.leaf(expr.leaf).kind
-            sliced = axes_of(expr)
-            if sliced is None:
+            sliced, along = axes_of(expr), diagonals.along(expr)
+            if along is not None and kind == "float":
+                args = tuple(self._compile(i) for i in (along.offset, *expr.indices[:-1]))
+                run = _diagonal(expr.leaf, along.lead)
+            elif sliced is None:
                 args = tuple(self._compile(i) for i in expr.indices)
                 run = _gather(expr.leaf, kind)
             else:
@@ -204,6 +211,25 @@ def _slice(leaf: str, dims: tuple[int, ...], kind: str) -> Callable[[Block], Val
                 x = x.narrow(at, first, last - first)
         x = x if in_order else x.permute(order)
         return _element(x[placed], block, kind)
+
+    return run
+
+
+def _diagonal(leaf: str, lead: tuple[int, ...]) -> Callable[..., Value]:
+    placed = tuple(slice(None) if dim in lead or dim > 1 else None for dim in range(4))
+
+    def run(block: Block, offset: Value, *indices: Value) -> Value:
+        assert isinstance(offset, int)
+        found = None
+        if block.copies is not None:
+            if leaf not in block.copies:
+                block.copies[leaf] = diagonals.repeated(block.leaves[leaf], block.sizes["M"], block.dtype)
+            found = diagonals.view(block.copies[leaf], lead, block.ranges, offset)
+        if found is None:
+            return _read(block, leaf, "float", *indices, block.index(3) - block.index(2) + offset)
+        if block.keys is not None:
+            found = found.index_select(-1, block.keys - block.ranges[3][0])
+        return (found.transpose(0, 1) if lead == (1, 0) else found)[placed]
 
     return run
 

@@ -11,8 +11,8 @@ from torch import Tensor
 
 from attnfuse.score import Expr, Load, S, derivative, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
-from attnfuse.templates import dropout
-from attnfuse.templates.affine import where_allowed
+from attnfuse.templates import diagonals, dropout
+from attnfuse.templates.affine import constant, where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Mask, block_of, mask_of
 from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped, named_sizes
@@ -91,6 +91,7 @@ class Work:
         self.dtype = torch.promote_types(inputs.q.dtype, torch.float32)
         self.dropout = inputs.spec.dropout
         self.fills = frozenset(tier.fill for tier in inputs.spec.program.tiers)
+        self._copies: dict[str, Tensor] = {}
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._sink: Tensor | None = None
@@ -124,7 +125,7 @@ class Work:
         self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int], keys: Tensor | None = None
     ) -> Block:
         """Cells of this call; `keys` as in `Block`."""
-        return block_of(self.inputs, b, h, m, n, keys)
+        return block_of(self.inputs, b, h, m, n, keys, self._copies)
 
     def allowed(
         self, b: tuple[int, int], h: tuple[int, int], m: tuple[int, int], n: tuple[int, int], holes: bool
@@ -182,6 +183,12 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
     Args:
         grad: for each cell, [b, h, m, n]; summed already along an axis of size 1 that the load does not depend on.
     """
+    along = diagonals.along(load)
+    if along is not None:
+        copies = diagonals.repeated(torch.zeros_like(total), block.sizes["M"], total.dtype)
+        if _added_along(copies, along, block, grad):
+            total.add_(copies.sum(-2))
+            return
     dims = axes_of(load)
     inside = dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True))
     if dims is not None and inside and all(block.chosen(d) is None for d in dims):
@@ -203,6 +210,15 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
     if missing:
         grad = grad.sum(missing, keepdim=True)
     total.index_put_(tuple(i.view(shape) for i in at), grad, accumulate=True)
+
+
+def _added_along(copies: Tensor, along: diagonals.Along, block: Block, grad: Tensor) -> bool:
+    if block.rows is not None:
+        # rows in another order are no diagonals
+        return False
+    offset = constant(along.offset, dict(block.sizes))
+    assert offset is not None
+    return diagonals.add(copies, along.lead, block.ranges, int(offset), grad, block.keys)
 
 
 class Gradients:
@@ -228,6 +244,7 @@ class Gradients:
         self.wanted = frozenset(self.leaves)
         body = {load.leaf for load in loads(inputs.spec.program.body)}
         self.from_body = self.wanted & body
+        self._copies: dict[str, Tensor] = {}
         self._delta: Tensor | None = None
         self._row_lse: Tensor | None = None
 
@@ -253,7 +270,13 @@ class Gradients:
 
     def add(self, load: Load, indices: Evaluator, block: Block, grad: Tensor) -> None:
         """Adds the gradient of the elements that `load` reads in a block, given for each cell."""
-        add_gradient(self.leaves[load.leaf], load, indices, block, grad)
+        along, total = diagonals.along(load), self.leaves[load.leaf]
+        if along is not None:
+            if load.leaf not in self._copies:
+                self._copies[load.leaf] = diagonals.repeated(torch.zeros_like(total), self.work.shape.M, total.dtype)
+            if _added_along(self._copies[load.leaf], along, block, grad):
+                return
+        add_gradient(total, load, indices, block, grad)
 
     def finish_sink(self) -> None:
         """Adds the gradient of the sink's leaves."""
@@ -272,6 +295,9 @@ class Gradients:
     def results(self) -> list[Tensor]:
         """The wanted gradients in the order of the operands."""
         inputs = self.work.inputs
+        for name, copies in self._copies.items():
+            self.leaves[name] += copies.sum(-2)
+        self._copies.clear()
         out = [] if self.dq is None else [self.dq]
         for total, x in ((self.dk, inputs.k), (self.dv, inputs.v)):
             if total is not None:
