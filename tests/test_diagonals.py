@@ -9,12 +9,17 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.functional import embedding, scaled_dot_product_attention
+from transformers import T5Config, T5Model
 
 from attnfuse import passes
+from attnfuse.backend import listening
 from attnfuse.options import Options
+from attnfuse.remark import Report
 from attnfuse.spec import Shape
+from attnfuse.templates import diagonals
 from tests.families import SHAPES, floats, hold_to_oracle, made
-from tests.harness import check, randn, report_of
+from tests.harness import Terms, check, randn, report_of
+from tests.models import exact
 from tests.numerics import assert_close
 from tests.test_biases import Learned, added, attention
 
@@ -93,9 +98,8 @@ def most_elements(graph: fx.GraphModule) -> int:
     return max(sizes)
 
 
-CASES = [pytest.param(fn, dynamic, id=f"{fn.__name__}-{dynamic}") for fn in SCORES for dynamic in (False, True)]
-# the call's scale would be made of a symbol
-CASES.remove(next(case for case in CASES if case.values == (causal, True)))
+# the scale of the call in `causal` would be made of a symbol
+CASES = [(embedded, False), (embedded, True), (causal, False), (turned, False)]
 
 
 @pytest.mark.parametrize(("fn", "dynamic"), CASES)
@@ -114,19 +118,18 @@ def test_values_and_gradients(fn: Callable[..., Tensor]) -> None:
     check(fn, q, k, v, randn(BUCKETS, H, seed=9), pad)
 
 
-@pytest.mark.parametrize("fn", [embedded, turned], ids=lambda fn: fn.__name__)
-def test_symbolic_sizes(fn: Callable[..., Tensor]) -> None:
+def test_symbolic_sizes() -> None:
     q, k, v, pad = operands()
-    (remark,) = check(Learned(fn, randn(BUCKETS, H, seed=9)), q, k, v, pad, dynamic=True).remarks
-    assert "bias[h, n + M - m - 1]" in str(remark.score)
+    (remark,) = check(Learned(turned, randn(BUCKETS, H, seed=9)), q, k, v, pad, dynamic=True).remarks
+    assert remark.score == "s*0.5 + bias[h, n + M - m - 1] where pad[b, n] else +min"
 
 
-@pytest.mark.parametrize("fn", [embedded, causal], ids=lambda fn: fn.__name__)
-def test_fewer_queries_than_keys(fn: Callable[..., Tensor]) -> None:
+@pytest.mark.parametrize(("fn", "dynamic"), CASES[:3])
+def test_fewer_queries_than_keys(fn: Callable[..., Tensor], dynamic: bool) -> None:
     """The bias is that of the last rows, as behind a cache."""
     q, k, v, pad = operands(100, 300)
-    (remark,) = check(fn, q, k, v, randn(BUCKETS, H, seed=9), pad).remarks
-    assert "bias[h, n - m + 99]" in str(remark.score)
+    (remark,) = check(fn, q, k, v, randn(BUCKETS, H, seed=9), pad, dynamic=dynamic).remarks
+    assert f"bias[h, {'n + M - m - 1' if dynamic else 'n - m + 99'}]" in str(remark.score)
 
 
 def test_a_low_precision() -> None:
@@ -300,3 +303,58 @@ OTHERS: dict[str, Callable[[Shape], tuple[Tensor, ...]]] = {
 @pytest.mark.parametrize("text", OTHERS)
 def test_kernels_of_the_cpu(text: str, shape: Shape) -> None:
     hold_to_oracle(made(text, shape, OTHERS[text](shape)))
+
+
+@pytest.mark.parametrize("size", [(16, 32), (32, 16), (16, 16)], ids=str)
+@pytest.mark.parametrize("offset", [-60, -7, 20])
+@pytest.mark.parametrize("lead", [(1,), (1, 0), ()], ids=str)
+def test_gradients_in_tiles(lead: tuple[int, ...], offset: int, size: tuple[int, int]) -> None:
+    tiles = randn(2 if 0 in lead else 1, 3 if 1 in lead else 1, 4, *size, seed=1).double()
+    total = torch.zeros(*((2, 3)[dim] for dim in lead), 50, dtype=torch.float64)
+    expected = total.clone()
+    b, h, t, i, j = torch.meshgrid(*map(torch.arange, tiles.shape), indexing="ij")
+    at = (t * size[1] + j - i + offset).clamp(0, 49)
+    expected.index_put_((*((b, h)[dim] for dim in lead), at), tiles, accumulate=True)
+    diagonals.add_tiles(total, lead, tiles, offset)
+    torch.testing.assert_close(total, expected)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+def test_the_model_whose_bias_it_is(implementation: str) -> None:
+    """Encoder, causal decoder and cross-attention, with padding, in training and inference, and with frozen tables."""
+    sizes = {"vocab_size": 32, "d_model": 16, "d_kv": 8, "d_ff": 16, "num_layers": 1, "num_heads": 2}
+    config = T5Config(**sizes, dropout_rate=0.0, use_cache=False, attn_implementation=implementation)
+    torch.manual_seed(0)
+    model = T5Model(config)
+    ids = torch.randint(32, (2, M), generator=torch.Generator().manual_seed(1))
+    given = {"input_ids": ids, "attention_mask": (torch.arange(M) < torch.tensor([[M], [M - 9]])).long()}
+    given["decoder_input_ids"] = ids.flip(1)[:, :130]
+    dout = randn(2, 130, 16, seed=2)
+
+    def results(run: Callable[..., Any], module: torch.nn.Module) -> dict[str, Tensor]:
+        module.zero_grad()
+        out = run(**given)[0]
+        (out * dout.to(out.dtype)).sum().backward()
+        tables = {name: x.grad for name, x in module.named_parameters() if "relative" in name}
+        return {"output": out.detach(), **tables}
+
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    options = {"downstream": "aot_eager"}
+    compiled = torch.compile(model, backend="attnfuse", options=options)
+    with listening(reports.append):
+        actual = results(compiled, model)
+    with Terms() as terms:
+        true = exact(model, lambda twin: results(twin, twin))
+    for name, original in results(model, model).items():
+        scale = terms.greatest(true[name]) if name != "output" else None
+        assert_close(actual[name], original, true[name], scale, what=name)
+    model.requires_grad_(False)
+    torch._dynamo.reset()
+    with listening(reports.append):
+        out = torch.compile(model, backend="attnfuse", options=options)(**given)[0]
+    assert_close(out, model(**given)[0], true["output"])
+    remarks = Report(()).merge(*reports).remarks
+    assert len(remarks) == 6
+    assert all(remark.kind == "fused" and "m, n]" not in str(remark.score) for remark in remarks)
+    assert sum("n - m + " in str(remark.score) for remark in remarks) == 4

@@ -19,7 +19,7 @@ from torch import fx
 from attnfuse.passes.graph import MODE_SWITCHES, aten, bound, fake, is_tensor, packet, shape
 from attnfuse.passes.index import Index, Size, Unliftable, index_of, same, size_of
 from attnfuse.passes.views import PERMUTATIONS, permutation
-from attnfuse.score import Linear, Var, linear
+from attnfuse.score import Var, linear
 
 if TYPE_CHECKING:
     from attnfuse.passes.lift import Lifter
@@ -39,13 +39,18 @@ _DIFFERENCES: Final = ("sub", "rsub", "add", "neg", "mul")
 
 @dataclass(frozen=True)
 class _Step:
-    """A node to be written once more; `factor`: for one that is `factor * (n - m) + offset` itself, else None."""
+    """A node to be written once more; `factor`: for one that is `factor * (n - m) + offset` itself, else None.
+
+    Args:
+        more: nodes that hold numbers, and how often each is added to `offset`.
+    """
 
     node: fx.Node
     rows: int
     keys: int
     factor: int | None = None
     offset: int = 0
+    more: tuple[tuple[fx.Node | int, int], ...] = ()
 
 
 @dataclass(frozen=True)
@@ -123,6 +128,7 @@ class _Search:
         self.sizes = sizes
         self.steps: dict[fx.Node, _Step] = {}
         self.given: list[fx.Node] = []
+        self.met = 0
 
     def visit(self, node: fx.Node, rows: int, keys: int) -> None:
         known = self.steps.get(node)
@@ -130,6 +136,9 @@ class _Search:
             if (known.rows, known.keys) != (rows, keys):
                 raise Unliftable("a tensor that is read in two ways")
             return
+        self.met += 1
+        if self.met > _MOST_STEPS:
+            raise Unliftable("too many operators")
         own = shape(node)
         if rows == keys or not (same(own[rows], self.sizes[0]) and same(own[keys], self.sizes[1])):
             raise Unliftable("another number of rows or keys")
@@ -140,8 +149,6 @@ class _Search:
                 self.visit(operand, its_rows, its_keys)
             step = _Step(node, rows, keys)
         self.steps[node] = step
-        if len(self.steps) > _MOST_STEPS:
-            raise Unliftable("too many operators")
 
     def _check(self, node: fx.Node) -> None:
         if self.lifter.scope.storage.writes(node):
@@ -159,11 +166,19 @@ class _Search:
             return None
         index: list[Index] = [()] * len(shape(node))
         index[rows], index[keys] = index_of(Var("m"), self.sizes[0]), index_of(Var("n"), self.sizes[1])
-        form: Linear | None = linear(self.lifter.lift(node, index))
-        if form is None or {*form.terms} != {Var("m"), Var("n")}:
+        form = linear(self.lifter.lift(node, index))
+        factor = 0 if form is None else form.coefficient(Var("n"))
+        if form is None or not factor or form.coefficient(Var("m")) != -factor:
             return None
-        factor = form.coefficient(Var("n"))
-        return _Step(node, rows, keys, factor, form.constant) if form.coefficient(Var("m")) == -factor else None
+        symbols = self.lifter.scope.table.symbols
+        more = []
+        for atom, times in form.without(Var("n")).without(Var("m")).terms.items():
+            known = symbols.get(str(atom)) if isinstance(atom, Var) else None
+            number = None if known is None else _number(self.lifter, node, known[0])
+            if number is None:
+                return None
+            more.append((number, times))
+        return _Step(node, rows, keys, factor, form.constant, tuple(more))
 
     def _operands(self, node: fx.Node, rows: int, keys: int) -> list[tuple[fx.Node, int, int]]:
         """The operands that depend on rows and keys, with the places of these; the others are `given`."""
@@ -243,15 +258,18 @@ def _number(lifter: Lifter, node: fx.Node, size: Size) -> fx.Node | int | None:
 def _positions(emit: Callable[..., fx.Node], step: _Step, rows: fx.Node | int, keys: fx.Node | int) -> fx.Node:
     """`factor * (n - m) + offset` for each n - m from 1 - M to N - 1, with the dimensions of the node."""
     assert step.factor is not None
-    first = _sum(emit, step.factor, _product(emit, rows, -step.factor), step.offset)
-    end = _sum(emit, _product(emit, keys, step.factor), step.offset)
+    offset = _sum(emit, step.offset, *(_product(emit, number, times) for number, times in step.more))
+    first = _sum(emit, step.factor, _product(emit, rows, -step.factor), offset)
+    end = _sum(emit, _product(emit, keys, step.factor), offset)
     own = fake(step.node)
     positions = emit(aten.arange.start_step, first, end, step.factor, dtype=own.dtype, device=own.device)
     return emit(aten.view.default, positions, [-1 if dim == step.keys else 1 for dim in range(own.dim())])
 
 
 def _product(emit: Callable[..., fx.Node], a: fx.Node | int, b: int) -> fx.Node | int:
-    return a * b if isinstance(a, int) else emit(operator.mul, a, b)
+    if isinstance(a, int):
+        return a * b
+    return a if b == 1 else emit(operator.mul, a, b)
 
 
 def _sum(emit: Callable[..., fx.Node], *terms: fx.Node | int) -> fx.Node | int:

@@ -99,3 +99,30 @@ def add(copies: Tensor, lead: tuple[int, ...], ranges: Ranges, offset: int, grad
         else:
             part.index_add_(part.dim() - 1, keys - n0, rows)
     return True
+
+
+def add_tiles(total: Tensor, lead: tuple[int, ...], tiles: Tensor, offset: int) -> None:
+    """Adds tiles of gradients to the vector's; what lies beyond its ends is added there, as it is read there.
+
+    Args:
+        tiles: [B or 1, H or 1, tiles, rows, keys]; cell (i, j) of tile t is that of the element `t * keys + j - i + offset`.
+    """
+    number, rows, keys = tiles.shape[2:]
+    # row i moves to the right by the number of rows below it, so that diagonals become columns
+    moved = torch.nn.functional.pad(tiles.flip(-2), (0, rows)).flatten(-2)[..., :-rows]
+    sums = moved.reshape(*tiles.shape[:3], rows, keys + rows - 1).sum(-2)
+    parts = -(-sums.shape[-1] // keys)
+    sums = torch.nn.functional.pad(sums, (0, parts * keys - sums.shape[-1])).view(*tiles.shape[:3], parts, keys)
+    out = sums.new_zeros((*sums.shape[:2], number + parts - 1, keys))
+    for part in range(parts):
+        out[:, :, part : part + number] += sums[..., part, :]
+    for dim in (1, 0):
+        out = out if dim in lead else out.squeeze(dim)
+    out = (out.transpose(0, 1) if lead == (1, 0) else out).flatten(-2)
+    first = offset - (rows - 1)
+    length, last = out.shape[-1], total.shape[-1] - first
+    before, after = min(max(-first, 0), length), min(max(last, 0), length)
+    total[..., 0] += out[..., :before].sum(-1)
+    total[..., -1] += out[..., after:].sum(-1)
+    if before < after:
+        total[..., before + first : after + first] += out[..., before:after]

@@ -9,6 +9,8 @@ import torch
 from torch import Tensor
 
 from attnfuse.score import Load, S, loads
+from attnfuse.templates import diagonals
+from attnfuse.templates.affine import constant
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import block_of
 from attnfuse.templates.evaluate import varies
@@ -289,12 +291,19 @@ class _Backward:
         functions = functions_for(inputs.text, scale, limits, call.forms, slopes.loads)
         block = block_of(inputs, (0, shape.B), (0, shape.H), (0, shape.M), (0, shape.N))
         for load, by_load, indices in zip(slopes.loads, functions.by_load, slopes.indices, strict=True):
+            along = diagonals.along(load)
+            if along is not None:
+                offset = constant(along.offset, dict(block.sizes))
+                assert offset is not None
+                found, before = self._along(facts, count, along, by_load)
+                diagonals.add_tiles(totals[load.leaf], along.lead, found, int(offset) - before)
+                continue
             grad = self._of_load(facts, count, load, by_load)
             add_gradient(totals[load.leaf], load, indices, block, grad)
 
     def _of_load(self, facts: dict[str, Any], count: Tensor | None, load: Load, by_load: Any) -> Tensor:
         """The gradient of what a load reads, [B or 1, H or 1, M or 1, N or 1]: an axis of 1 is summed over."""
-        call, shape, functions = self.call, self.shape, self.functions
+        call, shape = self.call, self.shape
         axes = varies(load)
         of_keys = "n" in axes
         of_rows = "m" in axes or not of_keys
@@ -318,32 +327,74 @@ class _Backward:
             "uniform",
             programs,
             lambda config: {
-                **call.operands,
-                **self.gradient,
-                **{name: facts[name] for name in ("Lse2", "Delta", "Norm")},
-                "Count": count,
+                **self._of_leaf(facts, count, by_load, config),
                 "Grad": grad,
                 "GS": grad.stride(),
                 "batches": batches,
                 "heads": heads,
                 **dict(zip(("row_tiles", "key_tiles"), tiles(config), strict=True)),
-                **call.score,
-                **call.mask,
-                "BY_LOAD": by_load,
-                "KEYS": functions.keys,
-                "MINIMAL": functions.minimal if count is not None else None,
-                **call.dropout,
-                **self.keep,
+                "before": 0,
                 "OF_ROWS": of_rows,
                 "OF_KEYS": of_keys,
-                **call.precision,
-                **call.of_q,
-                **call.of_v,
-                "BLOCK_M": config.block_m,
-                "BLOCK_N": config.block_n,
+                "ALONG": False,
             },
         )
         return grad
+
+    def _along(
+        self, facts: dict[str, Any], count: Tensor | None, along: diagonals.Along, by_load: Any
+    ) -> tuple[Tensor, int]:
+        """The gradient of what a load reads along diagonals, as `diagonals.add_tiles` takes it, in memory that is linear in M and
+        N; and by how much the first key of the first tile lies before key 0 in the first row tile."""
+        call, shape = self.call, self.shape
+        batches, heads = (size if dim in along.lead else 1 for dim, size in enumerate(shape[:2]))
+        made: list[Tensor] = []
+
+        def tiles(config: Config) -> tuple[int, int]:
+            before = tiles_of((tiles_of(shape.M, config.block_m) - 1) * config.block_m, config.block_n)
+            return before + tiles_of(shape.N, config.block_n), before
+
+        def arguments(config: Config) -> dict[str, Any]:
+            number, before = tiles(config)
+            size = (batches, heads, number * config.block_m, config.block_n)
+            made[:] = [torch.empty(size, dtype=torch.float32, device=call.device)]
+            return {
+                **self._of_leaf(facts, count, by_load, config),
+                "Grad": made[0],
+                "GS": made[0].stride(),
+                "batches": batches,
+                "heads": heads,
+                "row_tiles": 1,
+                "key_tiles": number,
+                "before": before,
+                "OF_ROWS": False,
+                "OF_KEYS": True,
+                "ALONG": True,
+            }
+
+        used = call.launch(self.kernels.gradient_of_leaf, "uniform", lambda c: batches * heads * tiles(c)[0], arguments)
+        return made[0].view(batches, heads, -1, used.block_m, used.block_n), tiles(used)[1] * used.block_n
+
+    def _of_leaf(self, facts: dict[str, Any], count: Tensor | None, by_load: Any, config: Config) -> dict[str, Any]:
+        call, functions = self.call, self.functions
+        return {
+            **call.operands,
+            **self.gradient,
+            **{name: facts[name] for name in ("Lse2", "Delta", "Norm")},
+            "Count": count,
+            **call.score,
+            **call.mask,
+            "BY_LOAD": by_load,
+            "KEYS": functions.keys,
+            "MINIMAL": functions.minimal if count is not None else None,
+            **call.dropout,
+            **self.keep,
+            **call.precision,
+            **call.of_q,
+            **call.of_v,
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+        }
 
     def _sink(self, totals: dict[str, Tensor]) -> None:
         """Adds the gradients of the leaves that the sink reads."""

@@ -183,12 +183,6 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
     Args:
         grad: for each cell, [b, h, m, n]; summed already along an axis of size 1 that the load does not depend on.
     """
-    along = diagonals.along(load)
-    if along is not None:
-        copies = diagonals.repeated(torch.zeros_like(total), block.sizes["M"], total.dtype)
-        if _added_along(copies, along, block, grad):
-            total.add_(copies.sum(-2))
-            return
     dims = axes_of(load)
     inside = dims is not None and all(block.ranges[d][1] <= size for d, size in zip(dims, total.shape, strict=True))
     if dims is not None and inside and all(block.chosen(d) is None for d in dims):
@@ -210,15 +204,6 @@ def add_gradient(total: Tensor, load: Load, indices: Evaluator, block: Block, gr
     if missing:
         grad = grad.sum(missing, keepdim=True)
     total.index_put_(tuple(i.view(shape) for i in at), grad, accumulate=True)
-
-
-def _added_along(copies: Tensor, along: diagonals.Along, block: Block, grad: Tensor) -> bool:
-    if block.rows is not None:
-        # rows in another order are no diagonals
-        return False
-    offset = constant(along.offset, dict(block.sizes))
-    assert offset is not None
-    return diagonals.add(copies, along.lead, block.ranges, int(offset), grad, block.keys)
 
 
 class Gradients:
@@ -271,10 +256,14 @@ class Gradients:
     def add(self, load: Load, indices: Evaluator, block: Block, grad: Tensor) -> None:
         """Adds the gradient of the elements that `load` reads in a block, given for each cell."""
         along, total = diagonals.along(load), self.leaves[load.leaf]
-        if along is not None:
+        # rows in another order are no diagonals
+        if along is not None and block.rows is None:
+            offset = constant(along.offset, dict(block.sizes))
+            assert offset is not None
             if load.leaf not in self._copies:
                 self._copies[load.leaf] = diagonals.repeated(torch.zeros_like(total), self.work.shape.M, total.dtype)
-            if _added_along(self._copies[load.leaf], along, block, grad):
+            copies = self._copies[load.leaf]
+            if diagonals.add(copies, along.lead, block.ranges, int(offset), grad, block.keys):
                 return
         add_gradient(total, load, indices, block, grad)
 

@@ -63,7 +63,7 @@ def test_the_log_sum_exp_is_differentiable(name: str) -> None:
 
 @pytest.mark.parametrize("size", [(16, 64), (64, 16)], ids=str)
 @pytest.mark.parametrize(
-    "name", ["causal", "window", "left padding", "lengths", "static cache", "softcap", "dense bias"]
+    "name", ["causal", "window", "left padding", "lengths", "static cache", "softcap", "dense bias", "diagonals"]
 )
 def test_tiles_of_other_shapes(name: str, size: tuple[int, int], monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(tuning, "_INTERPRETER", dict.fromkeys(tuning.KERNELS, Config(*size, 4, 1)))

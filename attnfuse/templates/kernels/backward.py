@@ -655,7 +655,7 @@ def gradient_of_queries(
     store_tile(Dq, b, h, m1, row < M, DQS, dq * FACTOR, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batches", "heads", "row_tiles", "key_tiles"])
+@triton.jit(do_not_specialize=["batches", "heads", "row_tiles", "key_tiles", "before"])
 def gradient_of_leaf(
     Q,
     K,
@@ -678,6 +678,7 @@ def gradient_of_leaf(
     heads,
     row_tiles,
     key_tiles,
+    before,
     SCALE: tl.constexpr,
     SCORE: tl.constexpr,
     BY_LOAD: tl.constexpr,
@@ -688,6 +689,7 @@ def gradient_of_leaf(
     KEEP: tl.constexpr,
     OF_ROWS: tl.constexpr,
     OF_KEYS: tl.constexpr,
+    ALONG: tl.constexpr,
     PRECISION: tl.constexpr,
     D: tl.constexpr,
     DV: tl.constexpr,
@@ -703,6 +705,8 @@ def gradient_of_leaf(
         row_tiles, key_tiles: tiles of the gradient: 1 where it is summed over rows, over keys.
         Count, MINIMAL: keys of rows without an allowed key; MINIMAL is None where such rows give nothing.
         OF_ROWS, OF_KEYS: whether the gradient has an entry for each row, each key.
+        ALONG: whether each program has a tile of its own instead, for the cells that a step to the next row and key leads from one
+            to the other; then `key_tiles` counts them, and of the first row tile's keys the tile number `before` is the first one.
     """
     B, H, Hkv, M, N = Z[0], Z[1], Z[2], Z[3], Z[4]
     program = tl.program_id(0)
@@ -738,7 +742,12 @@ def gradient_of_leaf(
                 uniform = (shared > 0.0) & (row < M)
                 some = tl.max(uniform.to(tl.int32), 0) > 0
                 first, stop = tl.where(some, 0, first), tl.where(some, tl.cdiv(N, BLOCK_N), stop)
-            if OF_KEYS:
+            start = 0
+            if ALONG:
+                start = m_tile * BLOCK_M + (own_keys - before) * BLOCK_N
+                some = (start < stop * BLOCK_N) & (start + BLOCK_N > first * BLOCK_N)
+                first, stop = 0, some.to(tl.int32)
+            elif OF_KEYS:
                 first, stop = tl.maximum(first, own_keys), tl.minimum(stop, own_keys + 1)
             q = pointer_tile(base(Q, b, h, QS), m1, QS, D, BLOCK_D)
             dout = pointer_tile(base(Dout, b, h, DS), m1, DS, DV, BLOCK_DV)
@@ -746,10 +755,10 @@ def gradient_of_leaf(
             if THRESHOLD is not None:
                 row0, row1 = row_hash(seed, b, h, m)
             for n_tile in tl.range(first, stop):
-                key = n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
-                n1 = tl.minimum(key, N - 1)
+                key = start + n_tile * BLOCK_N + tl.arange(0, BLOCK_N)
+                n1 = tl.minimum(tl.maximum(key, 0), N - 1)
                 n = n1[None, :]
-                inside = (row < M)[:, None] & (key < N)[None, :]
+                inside = (row < M)[:, None] & ((key >= 0) & (key < N))[None, :]
                 k = pointer_tile(keys, n1, KS, D, BLOCK_D)
                 v = pointer_tile(values, n1, VS, DV, BLOCK_DV)
                 s = tl.dot(q, tl.trans(k), input_precision=PRECISION)
@@ -771,10 +780,14 @@ def gradient_of_leaf(
                     counted = tl.where(uniform[:, None], inside & attached, counted)
                 slope = BY_LOAD(s, b, h, m, n, Z, L)
                 total += tl.where(counted, dx * slope, 0.0)
+    Grad += tl.cast(own_batch, tl.int64) * GS[0] + tl.cast(own_head, tl.int64) * GS[1]
     rows = own_rows * BLOCK_M + tl.arange(0, BLOCK_M)
     cols = own_keys * BLOCK_N + tl.arange(0, BLOCK_N)
-    Grad += tl.cast(own_batch, tl.int64) * GS[0] + tl.cast(own_head, tl.int64) * GS[1]
-    if OF_ROWS and OF_KEYS:
+    if ALONG:
+        rows = own_keys * BLOCK_M + tl.arange(0, BLOCK_M)
+        cols = tl.arange(0, BLOCK_N)
+        tl.store(Grad + tl.cast(rows, tl.int64)[:, None] * GS[2] + cols[None, :] * GS[3], total)
+    elif OF_ROWS and OF_KEYS:
         at = Grad + tl.cast(rows, tl.int64)[:, None] * GS[2] + cols[None, :] * GS[3]
         tl.store(at, total, mask=(rows < M)[:, None] & (cols < N)[None, :])
     elif OF_ROWS:
