@@ -89,6 +89,7 @@ SCORES = {
     "a bias of keys": ("s*0.125 + bias[h, n]", "bias: f32[:, :]; ", (floats(4, 40),)),
     "a dense bias": ("s*0.125 + bias[b, 0, m, n]", "bias: f32[:, :, :, :]; ", (floats(2, 1, 40, 40),)),
     "a dense bias, turned": ("s*0.125 + bias[n, m]", "bias: f32[:, :]; ", (floats(40, 40),)),
+    "a bias along diagonals": ("s*0.125 + bias[h, n - m + 39]", "bias: f32[:, :]; ", (floats(4, 79),)),
     "a bias of rows": ("s*0.125 * scale[b, m]", "scale: f32[:, :]; ", (floats(2, 40),)),
     "by distance": ("s*0.125 - slope[h]*abs(n - m)", "slope: f32[:]; ", (floats(4).abs(),)),
     "relative": ("s*0.125 + table[n - m + M - 1, h]", "table: f32[:, :]; ", (floats(79, 4),)),

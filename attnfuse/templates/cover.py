@@ -209,7 +209,9 @@ def block_of(
     """Cells of a call, for expressions in fp32 (fp64 where q is); `keys` and `copies` as in `Block`."""
     leaves = {leaf.name: x for leaf, x in zip(inputs.spec.leaves, inputs.leaves, strict=True)}
     dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    return Block(leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype, keys, copies=copies)
+    return Block(
+        leaves, named_sizes(inputs.shape, inputs.sizes), (b, h, m, n), inputs.q.device, dtype, keys, copies=copies
+    )
 
 
 def cover(inputs: Inputs) -> list[Run]:
