@@ -79,7 +79,7 @@ def _join_keys(softmax: fx.Node) -> bool:
         return False
     first = parts[0]
     chains = [between(part.found.node, cat) for part in parts]
-    moved = sorted({x for chain in chains for x in chain} - {cat}, key=list(softmax.graph.nodes).index)
+    moved = sorted({x for chain in chains for x in chain} - {cat})
     operands = {x for part in parts for x in (part.one, part.other)}
     if operands & {*moved, *(part.found.node for part in parts)}:
         # one part is made of the scores of another
