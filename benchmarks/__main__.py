@@ -106,7 +106,9 @@ def print_table(console: Console, found: Sequence[Result]) -> None:
     facts = ", ".join(f"{name} {value}" for name, value in {**first.machine, **first.versions}.items())
     commits = ", ".join(dict.fromkeys(result.commit or "unknown" for result in found))
     console.print(results.table(found))
-    console.print(f"{facts}; commit {commits}; {first.pairs} pairs (compile with empty caches: 5)", highlight=False)
+    console.print(
+        f"{facts}; commit {commits}; {first.pairs} pairs (compile with empty caches: 5, passes: 3)", highlight=False
+    )
 
 
 if __name__ == "__main__":

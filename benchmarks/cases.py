@@ -191,6 +191,46 @@ class Compile:
 
 
 @dataclass(frozen=True)
+class Passes:
+    """Time in attnfuse's backend until it hands a graph on, as a share of stock's compile time for the same model.
+
+    Every sample is a process of its own. Stock's is the first call less a later one, with empty caches, then with those that
+    it filled; the passes keep no cache between processes.
+    """
+
+    subject: Forward
+    about: str
+    target: ClassVar = Target("at most", 10.0)
+    pairs: ClassVar = 3
+
+    def measure(self, name: str, setting: Setting) -> Outcome:
+        # Inductor's C++ header is compiled once on a machine, not once a model
+        torch.compile(torch.cos)(torch.ones(64))
+        samples: Samples = {}
+        rows = []
+        pairs = min(setting.pairs, self.pairs)
+        for attention in self.subject.attentions:
+            ours, stock = f"attnfuse-{attention}", f"stock-{attention}"
+            for turn in range(pairs):
+                caches = replace(setting, folder=setting.folder / f"{attention}-{turn}")
+                for state in ("cold", "warm"):
+                    for variant in (ours, stock) if turn % 2 else (stock, ours):
+                        setting.say(f"pair {turn + 1} of {pairs}: {variant}, {state}")
+                        samples.setdefault(f"{variant} {state}", []).append(self.sample(name, variant, caches))
+            for state, target in (("cold", self.target), ("warm", None)):
+                share = stats.share(samples[f"{ours} {state}"], samples[f"{stock} {state}"])
+                rows.append(Row.of(f"passes in {stock}'s compile time, {state}", "%", share, target))
+        return Outcome(tuple(rows), samples)
+
+    def sample(self, name: str, variant: str, setting: Setting) -> float:
+        with _worker(setting, name, variant) as process:
+            first: float = process.first["seconds"]
+            if VARIANTS[variant].backend == "attnfuse":
+                return first
+            return first - min(process.ask("time")["seconds"] for _ in range(2))
+
+
+@dataclass(frozen=True)
 class Memory:
     """Most bytes alive at once in attention alone, against eager's at N 4,096, and how they grow to 8,192."""
 
@@ -278,10 +318,10 @@ class Growth:
         return Outcome(rows, times)
 
 
-Case = Speed | Compile | Memory | Overhead | Growth
+Case = Speed | Compile | Passes | Memory | Overhead | Growth
 
 
-def _passes() -> Iterator[tuple[str, Case]]:
+def _llama() -> Iterator[tuple[str, Case]]:
     short = {torch.bfloat16: "bf16", torch.float32: "fp32"}
     plain = Pass(training=False, batch=1, tokens=2048, padded=0, mask=True, dtype=torch.float32)
     for dtype, bound in ((torch.bfloat16, 1.25), (torch.float32, 1.15)):
@@ -315,6 +355,11 @@ def _models() -> Iterator[tuple[str, Case]]:
     for name, subject in FORWARD.items():
         about = f"{subject.model}, forward, {subject.about}, float32, few layers, random weights"
         yield f"model-{name}", Speed(subject, Target("at least", 0.97), about)
+    for name, subject in FORWARD.items():
+        yield (
+            f"passes-{name}",
+            Passes(subject, f"{subject.model}, the passes beside stock's compile time, {subject.about}"),
+        )
 
 
 def _sparse() -> Iterator[tuple[str, Case]]:
@@ -343,7 +388,7 @@ def _about(subject: Pass) -> str:
 def _cases() -> dict[str, Case]:
     alone = "attention alone, B 1, H 8, Hkv 2, D 64, an eighth of the keys padded"
     return {
-        **dict(_passes()),
+        **dict(_llama()),
         **dict(_models()),
         **dict(_sparse()),
         "growth-longformer": Growth(

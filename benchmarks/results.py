@@ -24,7 +24,8 @@ class Result:
     """A case's outcome and where it comes from.
 
     Args:
-        pairs: asked for; compile times with empty caches have five, a figure that is counted, not timed, has one sample.
+        pairs: asked for; compile times with empty caches have five, or three beside those of the passes, and a figure that is
+            counted, not timed, has one sample.
         commit: with "+" where the tree differed from it.
     """
 

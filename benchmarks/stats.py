@@ -55,6 +55,11 @@ def slope(sizes: Sequence[float], values: Sequence[float]) -> float:
     return float((x * y).sum() / (x * x).sum())
 
 
+def share(part: Sequence[float], whole: Sequence[float]) -> Estimate:
+    """part/whole over pairs, in percent."""
+    return median([100 * some / all_ for some, all_ in zip(part, whole, strict=True)])
+
+
 @dataclass(frozen=True)
 class Target:
     """A bound that a figure has to keep: at least or at most `bound`."""

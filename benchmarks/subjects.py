@@ -26,7 +26,7 @@ class Variant(NamedTuple):
     """How a model is run: transformers' `attn_implementation`, `torch.compile`'s backend (None: uncompiled)."""
 
     attention: str
-    backend: str | None
+    backend: str | Callable[..., Any] | None
     exact: bool = False
 
 

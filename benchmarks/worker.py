@@ -9,12 +9,14 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
+from typing import Any
 
 import torch
 
-from benchmarks.cases import CASES, Growth, Memory, Overhead, Speed
+from attnfuse.backend import attnfuse
+from benchmarks.cases import CASES, Growth, Memory, Overhead, Passes, Speed
 from benchmarks.memory import peak_bytes
 from benchmarks.process import Answer, serve
 from benchmarks.subjects import VARIANTS, attention_call, attention_inputs
@@ -24,7 +26,7 @@ SAMPLE = 0.2  # seconds
 Commands = Mapping[str, Callable[[str], Answer]]
 
 
-def speed(case: Speed, variant: str) -> tuple[Answer, Commands]:
+def speed(case: Speed | Passes, variant: str) -> tuple[Answer, Commands]:
     run, results = case.subject.start(VARIANTS[variant])
 
     def save(file: str) -> Answer:
@@ -37,6 +39,21 @@ def speed(case: Speed, variant: str) -> tuple[Answer, Commands]:
     run()
     calls = max(1, round(SAMPLE / _seconds(run, 1)))
     return {"seconds": first}, {"results": save, "time": lambda _: {"seconds": _seconds(run, calls) / calls}}
+
+
+def passes(case: Passes, variant: str) -> tuple[Answer, Commands]:
+    """Its answer is the time in the backend, with nothing behind it."""
+    spent: list[float] = []
+
+    def backend(gm: torch.fx.GraphModule, inputs: Sequence[Any]) -> Callable[..., Any]:
+        start = time.perf_counter()
+        compiled = attnfuse(gm, inputs, options={"downstream": "eager"})
+        spent.append(time.perf_counter() - start)
+        return compiled
+
+    run, _ = case.subject.start(VARIANTS[variant]._replace(backend=backend))
+    run()
+    return {"seconds": sum(spent)}, {}
 
 
 def memory(case: Memory, variant: str) -> tuple[Answer, Commands]:
@@ -105,7 +122,9 @@ def main(name: str, variant: str) -> None:
     def start() -> tuple[Answer, Commands]:
         case = CASES[name]
         match case:
-            case Speed():
+            case Passes() if VARIANTS[variant].backend == "attnfuse":
+                return passes(case, variant)
+            case Speed() | Passes():
                 return speed(case, variant)
             case Memory():
                 return memory(case, variant)

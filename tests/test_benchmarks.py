@@ -70,6 +70,7 @@ class TestStats:
         # The machine slows down fourfold halfway; the pairs do not notice, the medians of each side would.
         ours, theirs = [1.0, 1.0, 1.0, 4.0, 4.0], [2.0, 2.0, 2.0, 8.0, 8.0]
         assert stats.speed_up(ours, theirs) == Estimate(2.0, 2.0, 2.0)
+        assert stats.share(ours, theirs) == Estimate(50.0, 50.0, 50.0)
         assert stats.difference([3.0], [1.0]).value == 2.0
         with pytest.raises(ValueError, match="argument"):
             stats.speed_up([1.0], [1.0, 2.0])

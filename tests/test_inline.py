@@ -97,6 +97,21 @@ def test_symbolic_sizes_and_dropout_become_operators() -> None:
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_only_attentions_that_are_alike_share_a_trace() -> None:
+    """One that reads a tensor twice comes before one of the same sizes and strides that does not, and before one of other strides."""
+
+    def several(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> list[Tensor]:
+        strided = k.mT.contiguous().mT
+        return [
+            F.scaled_dot_product_attention(q, *keys_and_values, pad[:, None, None])
+            for keys_and_values in ((k, k), (k, v), (v, k), (strided, v))
+        ]
+
+    report = check(several, *qkv(), padding(6))
+    assert [r.template for r in report.remarks] == ["inline"] * 4
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
 def test_autocast_does_not_round_the_scores() -> None:
     """Inside an autocast region a call of SDPA keeps its scores in float32, and so does what takes its place."""
 

@@ -11,7 +11,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from functools import lru_cache
+from typing import Any, Final, TypeAlias
 
 import sympy
 from torch.utils._sympy.functions import FloorDiv
@@ -19,6 +20,9 @@ from torch.utils._sympy.functions import FloorDiv
 from attnfuse.score import Call, Const, Expr, Var, call
 
 Size: TypeAlias = "int | sympy.Expr"
+
+# What sympy is asked about sizes is asked anew at every layer. Expressions are values; the answers hold in every graph.
+_KEPT: Final = 4096
 
 
 class Unliftable(Exception):
@@ -54,7 +58,12 @@ def size_of(value: Any) -> Size:
     """An int or SymInt as a Size."""
     if isinstance(value, int):
         return value
-    expr = value.node.expr.replace(FloorDiv, _quotient_of)
+    return _simple(value.node.expr)
+
+
+@lru_cache(maxsize=_KEPT)
+def _simple(expr: sympy.Expr) -> Size:
+    expr = expr.replace(FloorDiv, _quotient_of)
     return int(expr) if expr.is_Integer else expr
 
 
@@ -72,7 +81,17 @@ def sizes_of(shape: Sequence[Any]) -> tuple[Size, ...]:
 
 def same(a: Size, b: Size) -> bool:
     """Whether two sizes are equal for every value of their symbols."""
-    return bool(a == b) or (not (isinstance(a, int) and isinstance(b, int)) and sympy.expand(a - b) == 0)
+    return bool(a == b) or (not (isinstance(a, int) and isinstance(b, int)) and _vanishes(a - b))
+
+
+@lru_cache(maxsize=_KEPT)
+def _vanishes(difference: sympy.Expr) -> bool:
+    return bool(sympy.expand(difference) == 0)
+
+
+@lru_cache(maxsize=_KEPT)
+def _ratio(whole: Size, part: Size) -> sympy.Expr:
+    return sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
 
 
 def product(sizes: Sequence[Size]) -> Size:
@@ -152,7 +171,7 @@ def _merge(high: Digit, low: Digit) -> Digit | None:
 def _split(digit: Digit, low: Size) -> tuple[Digit, Digit]:
     """`digit` as two digits, the less significant of size `low`."""
     if not isinstance(low, int) or not isinstance(digit.size, int):
-        quotient = sympy.cancel(digit.size / sympy.sympify(low)) if isinstance(low, int) else None
+        quotient = _ratio(digit.size, low) if isinstance(low, int) else None
         if quotient is None or quotient.free_symbols == set() or sympy.denom(quotient) != 1:
             raise Misaligned(f"a dimension of {digit.size} does not split by {low}")
         high: Size = quotient
@@ -203,7 +222,7 @@ def _divides(part: Size, whole: Size) -> bool:
     """Whether `whole` is certainly a multiple of `part` greater than it."""
     if isinstance(part, int) and isinstance(whole, int):
         return whole % part == 0 and whole > part
-    ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
+    ratio = _ratio(whole, part)
     return bool(sympy.denom(ratio) == 1 and ratio != 1)
 
 
@@ -212,7 +231,7 @@ def _quotient(whole: Size, part: Size) -> Size:
         if whole % part:
             raise Misaligned(f"a dimension of {whole} does not split by {part}")
         return whole // part
-    ratio = sympy.cancel(sympy.sympify(whole) / sympy.sympify(part))
+    ratio = _ratio(whole, part)
     if sympy.denom(ratio) != 1:
         raise Misaligned(f"a dimension of {whole} does not split by {part}")
     return int(ratio) if ratio.is_Integer else ratio

@@ -143,6 +143,8 @@ class Scope:
         """Outputs of attentions that have been rewritten, with what stands in their place."""
         self.written: dict[object, list[fx.Node]] = {}
         """What has been written into the graph for several attentions: tile maps by their masks, leaves in the order of axes."""
+        self.traced: dict[object, fx.GraphModule] = {}
+        """Attentions in plain operators, by their meaning and all that is known of their operands: layers are alike."""
         self.constants: dict[fx.Node, float | None] = {}
         """The greatest magnitude in tensors that are made of constants; see `learned`."""
         self._may_require_grad: dict[fx.Node, bool] = {}

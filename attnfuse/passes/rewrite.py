@@ -200,12 +200,13 @@ def _like_original(
 def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node], *, rounded: bool) -> fx.Node:
     """The nodes of `inline.written_out`, in a region without autocast where there may be one that would round them."""
 
-    def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
-        return written_out(spec, q, k, v, leaves, rounded=rounded)
-
-    with emit.mode, torch.no_grad(), _no_autocast():
-        traced = make_fx(attention, pre_dispatch=True)(*(node.meta["val"] for node in operands))
-    traced.graph.eliminate_dead_code()
+    # one trace for all layers that are alike
+    values = [fake(node) for node in operands]
+    places = tuple(next(at for at, x in enumerate(values) if x is value) for value in values)
+    key = str(spec), rounded, places, tuple(map(_described, values))
+    traced = emit.site.scope.traced.get(key)
+    if traced is None:
+        traced = emit.site.scope.traced[key] = _traced(emit, spec, values, rounded=rounded)
     device = fake(operands[0]).device.type
     low = all(fake(x).dtype == torch.get_autocast_dtype(device) for x in operands[:3])
     given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
@@ -223,6 +224,22 @@ def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node]
         emit.bare(autocast_mode._exit_autocast, region)
     result: fx.Node = given[out]
     return result
+
+
+def _traced(emit: Emitter, spec: AttentionSpec, values: Sequence[Tensor], *, rounded: bool) -> fx.GraphModule:
+    def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
+        return written_out(spec, q, k, v, leaves, rounded=rounded)
+
+    with emit.mode, torch.no_grad(), _no_autocast():
+        traced = make_fx(attention, pre_dispatch=True)(*values)
+    traced.graph.eliminate_dead_code()
+    return traced
+
+
+def _described(x: Tensor) -> tuple[object, ...]:
+    """All of a tensor that decides what is traced on it."""
+    numbers = sizes_of((*x.shape, *x.stride(), x.storage_offset()))
+    return x.dtype, x.device, x.requires_grad, x.is_conj(), x.is_neg(), numbers
 
 
 def _may_autocast(site: Site) -> bool:
