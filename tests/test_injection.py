@@ -67,9 +67,9 @@ def functions_called(step: Callable[[], object]) -> list[CodeType]:
 def forget() -> None:
     """Empties the caches of pure functions, so that each run goes through all of them."""
     from attnfuse import spec, tiles
-    from attnfuse.templates import choose, inline, library
+    from attnfuse.templates import choose, inline, library, tile_lists
 
-    for module in (spec, tiles, choose, inline, library):
+    for module in (spec, tiles, choose, inline, library, tile_lists):
         for value in vars(module).values():
             if hasattr(value, "cache_clear"):
                 value.cache_clear()
@@ -176,3 +176,21 @@ def test_in_a_model(family: str, implementation: str, checkpointed: bool, every:
             torch.testing.assert_close(mine, theirs, rtol=1e-3, atol=1e-4, msg=f"after an exception in {what}")
 
     inject(gm, Options.parse(None, {"downstream": "eager", "inline_scores": 0}), every, check)
+
+
+@pytest.mark.parametrize("name", ["join", "unband"])
+def test_in_a_pass_that_other_sites_do_not_need(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    gm, inputs = captured(attention, *tensors())
+    expected = attention(*tensors())
+
+    def raising(*_: object) -> None:
+        raise RuntimeError("injected")
+
+    monkeypatch.setattr(passes, name, raising)
+    given = {"downstream": "eager", "inline_scores": 0}
+    graph, report = passes.run(gm, Options.parse(None, given))
+    assert graph is not None
+    assert report.fused == report.remarks
+    torch.testing.assert_close(graph(*inputs)[0], expected)
+    with pytest.raises(RuntimeError, match="injected"):
+        passes.run(gm, Options.parse(None, {**given, "strict": True}))

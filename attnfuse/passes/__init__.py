@@ -11,7 +11,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Container, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from typing import Final, TypeVar
 
@@ -139,12 +139,23 @@ def _left_respelled(work: Work) -> frozenset[tuple[int, str]]:
 def normalised(work: Work) -> None:
     """One spelling for each operation."""
     work.graph = normalise(work.original)
-    for number, module in enumerate(graphs(work.graph)):
+    try:
+        _in_order(work, work.graph, join, unband)
+    except Exception:
+        if work.options.strict:
+            raise
+        # a graph that one of them has left half done is no graph; without them only their own sites are lost
+        log.debug("a pass that joins parts raised", exc_info=True)
+        work.graph = normalise(work.original)
+        _in_order(work, work.graph)
+
+
+def _in_order(work: Work, graph: fx.GraphModule, *more: Callable[[fx.Graph, Container[str]], object]) -> None:
+    for number, module in enumerate(graphs(graph)):
         settle(module.graph)
         left = {name for at, name in work.leave if at == number}
-        respell(module.graph, left)
-        join(module.graph, left)
-        unband(module.graph, left)
+        for step in (respell, *more):
+            step(module.graph, left)
 
 
 def recognised(work: Work) -> None:
