@@ -400,7 +400,7 @@ def scores_mixed_between_heads(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (s + s.roll(1, 1)).softmax(-1) @ v
 
 
-@near_miss("AF027", inputs=given(randn(4, 4)))
+@near_miss("AF038", inputs=given(randn(4, 4)))
 def scores_projected_between_heads(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
     return torch.einsum("bhij,hg->bgij", q @ k.mT, w).softmax(-1) @ v
 
