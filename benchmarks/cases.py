@@ -17,7 +17,7 @@ from benchmarks.models import FORWARD, Forward
 from benchmarks.process import Process
 from benchmarks.sparse import MASKS, Sparse
 from benchmarks.stats import Estimate, Target, Verdict
-from benchmarks.subjects import LLAMA_TEXT, VARIANTS, Pass
+from benchmarks.subjects import LLAMA_TEXT, VARIANTS, Pass, bare_call, t5_call
 
 Samples = dict[str, list[float]]
 Say = Callable[[str], None]
@@ -232,11 +232,12 @@ class Passes:
 
 @dataclass(frozen=True)
 class Memory:
-    """Most bytes alive at once in attention alone, against eager's at N 4,096, and how they grow to 8,192."""
+    """Most bytes alive at once in a call, against eager's at N 4,096, and how they grow to 8,192."""
 
     dtype: torch.dtype
     training: bool
     about: str
+    call: Callable[[str | None, int, torch.dtype, bool], Callable[[], object]] = bare_call
     lengths: ClassVar = (1024, 2048, 4096, 8192)
     eighth: ClassVar = Target("at least", 8.0)
     linear: ClassVar = Target("at most", 2.1)
@@ -251,9 +252,11 @@ class Memory:
                     setting.say(f"{variant}: {N} keys")
                     samples[f"{variant} {N}"] = [process.ask(f"memory {N}")["bytes"]]
         against = stats.speed_up(samples["attnfuse-eager 4096"], samples["eager 4096"])
+        stock = stats.speed_up(samples["attnfuse-eager 4096"], samples["stock-eager 4096"])
         growth = stats.speed_up(samples["attnfuse-eager 4096"], samples["attnfuse-eager 8192"])
         rows = (
             Row.of("memory of eager over attnfuse, N 4096", "x", against, self.eighth),
+            Row.of("memory of stock over attnfuse, N 4096", "x", stock, None),
             Row.of("memory at N 8192 over N 4096", "x", growth, self.linear),
         )
         return Outcome(rows, samples)
@@ -386,6 +389,7 @@ def _about(subject: Pass) -> str:
 
 
 def _cases() -> dict[str, Case]:
+    t5 = "one layer of a T5 encoder, 4 heads, D 64, an eighth of the keys padded"
     alone = "attention alone, B 1, H 8, Hkv 2, D 64, an eighth of the keys padded"
     return {
         **dict(_llama()),
@@ -400,6 +404,8 @@ def _cases() -> dict[str, Case]:
         "memory-forward-fp32": Memory(torch.float32, False, f"{alone}, forward, float32"),
         "memory-forward-bf16": Memory(torch.bfloat16, False, f"{alone}, forward, bfloat16"),
         "memory-training-fp32": Memory(torch.float32, True, f"{alone}, forward and backward, float32"),
+        "memory-t5-forward": Memory(torch.float32, False, f"{t5}, forward, float32", t5_call),
+        "memory-t5-training": Memory(torch.float32, True, f"{t5}, forward and backward, float32", t5_call),
         "overhead-forward": Overhead(False, "operator alone, B 1, H 1, N 16, D 16, forward"),
         "overhead-training": Overhead(True, "operator alone, B 1, H 1, N 16, D 16, forward, recorded for backward"),
     }

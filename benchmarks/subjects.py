@@ -173,3 +173,32 @@ def attention_call(backend: str | None, tensors: Sequence[Tensor]) -> Callable[[
         return out.detach()
 
     return run
+
+
+def bare_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
+    """`attention` of N keys."""
+    return attention_call(backend, attention_inputs(N, dtype, training=training))
+
+
+def t5_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
+    """One layer of a T5 encoder, 4 heads, N tokens of which an eighth is padding; where it trains, the gradients of parameters too."""
+    from transformers import T5Config, T5EncoderModel
+
+    torch.manual_seed(0)
+    config = T5Config(vocab_size=512, d_model=256, d_kv=64, d_ff=256, num_layers=1, num_heads=4, dropout_rate=0.0)
+    config._attn_implementation = "eager"
+    model = T5EncoderModel(config).to(dtype).train(training)
+    call = model if backend is None else torch.compile(model, backend=backend, dynamic=False)
+    ids = torch.randint(512, (1, N), generator=torch.Generator().manual_seed(1))
+    mask = torch.ones_like(ids)
+    mask[:, -(N // 8) :] = 0
+
+    def run() -> Tensor:
+        model.zero_grad()
+        with torch.set_grad_enabled(training):
+            out: Tensor = call(input_ids=ids, attention_mask=mask).last_hidden_state
+        if training:
+            out.square().mean().backward()
+        return out.detach()
+
+    return run

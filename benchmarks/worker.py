@@ -19,7 +19,7 @@ from attnfuse.backend import attnfuse
 from benchmarks.cases import CASES, Growth, Memory, Overhead, Passes, Speed
 from benchmarks.memory import peak_bytes
 from benchmarks.process import Answer, serve
-from benchmarks.subjects import VARIANTS, attention_call, attention_inputs
+from benchmarks.subjects import VARIANTS
 
 SAMPLE = 0.2  # seconds
 
@@ -60,7 +60,7 @@ def memory(case: Memory, variant: str) -> tuple[Answer, Commands]:
     backend = VARIANTS[variant].backend
 
     def measure(N: str) -> Answer:
-        call = attention_call(backend, attention_inputs(int(N), case.dtype, training=case.training))
+        call = case.call(backend, int(N), case.dtype, case.training)
         call()
         return {"bytes": peak_bytes(call)}
 
