@@ -181,7 +181,7 @@ def bare_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -
 
 
 def t5_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
-    """One layer of a T5 encoder, 4 heads, N tokens of which an eighth is padding; where it trains, the gradients of parameters too."""
+    """One layer of a T5 encoder, 4 heads, N tokens an eighth of them padding; where it trains, the gradients of parameters too."""
     from transformers import T5Config, T5EncoderModel
 
     torch.manual_seed(0)
