@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Final
@@ -67,7 +68,7 @@ class TileMap:
             extent=(0, kinds.shape[1] * width, kinds.shape[0] * height, 0),
             interpolation="none",
         )
-        axes.set(xlabel="keys n", ylabel="queries m", title=self.score)
+        axes.set(xlabel="keys n", ylabel="queries m", title=textwrap.fill(self.score, 36))
         return axes
 
     def _of(self, batch: int, head: int) -> Tensor:

@@ -52,11 +52,11 @@ def main() -> None:
     if file:
         from matplotlib import pyplot
 
-        figure, axes = pyplot.subplots(1, len(maps), figsize=(5 * len(maps), 5))
+        figure, axes = pyplot.subplots(1, len(maps), figsize=(4 * len(maps), 4), layout="constrained")
         for found, place in zip(maps, axes, strict=True):
             found.plot(axes=place)
-            place.title.set_fontsize(7)
-        figure.savefig(file)
+            place.title.set_fontsize(9)
+        figure.savefig(file, bbox_inches="tight")
 
 
 if __name__ == "__main__":
