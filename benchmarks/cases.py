@@ -285,13 +285,16 @@ class Overhead:
 class Growth:
     """A training step of attention alone from 4,096 to 65,536 tokens: how its time grows, and what its process needs at most.
 
-    Results are compared at the greatest length too: every 1,024th row of the output and of the gradient of q.
+    Results are compared at the greatest length: rows of the output and of the gradient of q, keys of those of k and v.
     """
 
     subject: Sparse
     about: str
     lengths: ClassVar = (4096, 8192, 16384, 32768, 65536)
-    every: ClassVar = 1024
+    # no multiple of it is one of a block's rows
+    every: ClassVar = 1021
+    keys: ClassVar = (100, 20_000, 40_077, 65_535)
+    """Few rows look at these."""
     exponent: ClassVar = Target("at most", 1.15)
     memory: ClassVar = Target("at most", 24.0)
 

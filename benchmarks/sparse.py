@@ -142,16 +142,30 @@ class Sparse:
         q, k, v = (torch.randn(B, self.length, H, D, generator=generator).to(self.dtype) for _ in range(3))
         return q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)
 
-    def some_rows(self, every: int, dtype: torch.dtype) -> dict[str, Tensor]:
-        """Every so many rows of the output and of the gradient of q, by plain operators in that type, from the mask by index."""
+    def some(self, rows: Tensor, keys: Tensor, dtype: torch.dtype) -> dict[str, Tensor]:
+        """Rows of the output and of the gradient of q, and keys of those of k and v, for a gradient of ones of the output: by plain
+        operators in that type, from the mask by index.
+        """
         q, k, v = (x.to(dtype) for x in self.operands())
-        rows = torch.arange(0, self.length, every)
         _, by_index, ids = MASKS[self.mask]
-        allowed = by_index(ids(self.length))(0, 0, rows[:, None], torch.arange(self.length))
-        q = q[:, :, rows].detach().requires_grad_()
-        out = (q @ k.mT * D**-0.5).masked_fill(~allowed, -torch.inf).softmax(-1) @ v
-        (dq,) = torch.autograd.grad(out.sum(), q)
-        return {"out": out.detach(), "dq": dq}
+        allowed, every = by_index(ids(self.length)), torch.arange(self.length)
+
+        def attend(m: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+            """Of rows: the weights, the output, the gradient of the scores."""
+            cells = allowed(0, 0, m[:, None], every).expand(len(m), -1)
+            weights = (q[:, :, m] @ k.mT * D**-0.5).masked_fill(~cells, -torch.inf).softmax(-1)
+            out = weights @ v
+            return weights, out, weights * (v.sum(-1)[:, :, None] - out.sum(-1, keepdim=True)) * D**-0.5
+
+        _, out, scores = attend(rows)
+        dk, dv = [], []
+        for key in keys:
+            m = every[allowed(0, 0, every, key).expand(self.length)]
+            weights, _, of_scores = attend(m)
+            column = of_scores[..., key]
+            dk.append((column[..., None] * q[:, :, m]).sum(2))
+            dv.append(weights[..., key].sum(2, keepdim=True).expand(-1, -1, D))
+        return {"out": out, "dq": scores @ k, "dk": torch.stack(dk, 2), "dv": torch.stack(dv, 2)}
 
     def call(self, variant: Variant) -> Callable[[Tensor, Tensor, Tensor], Tensor]:
         """Attention of q, k and v as a variant computes it."""

@@ -93,11 +93,12 @@ def growth(case: Growth, length: str) -> tuple[Answer, Commands]:
     run = subject.step(VARIANTS["attnfuse-eager"])
 
     def save(file: str) -> Answer:
-        out, dq, *_ = run()
-        ours = {"out": out.detach()[:, :, :: case.every], "dq": dq[:, :, :: case.every]}
-        torch.save(
-            (ours, *(subject.some_rows(case.every, dtype) for dtype in (case.subject.dtype, torch.float64))), file
-        )
+        rows = torch.arange(0, subject.length, case.every)
+        keys = torch.tensor([key for key in case.keys if key < subject.length])
+        out, dq, dk, dv = run()
+        ours = {"out": out[:, :, rows], "dq": dq[:, :, rows], "dk": dk[:, :, keys], "dv": dv[:, :, keys]}
+        plain = (subject.some(rows, keys, dtype) for dtype in (subject.dtype, torch.float64))
+        torch.save(({name: x.detach() for name, x in ours.items()}, *plain), file)
         return {}
 
     first = _seconds(run, 1)

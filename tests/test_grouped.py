@@ -427,13 +427,46 @@ def test_sorting_is_chosen_where_it_saves_more_than_it_costs() -> None:
     assert not chosen(2048, torch.where(blocks == 7, 0, blocks))
 
 
+def test_sorting_is_chosen_for_ids_of_each_head() -> None:
+    ids = random_ids(1, 8, 1024, of=16)
+    call = made(
+        "doc: i64[:, :, :]; s where n <= m & doc[b, h, m] == doc[b, h, n] else -inf",
+        Shape(1, 8, 8, 1024, 1024, 8, 8),
+        (ids,),
+    )
+    with sorting(None) as found, torch.no_grad():
+        call.run()
+    assert found == [True]
+
+
+def test_a_row_whose_id_no_key_has_widens_no_block() -> None:
+    """Of half of the rows, in one block with the others."""
+    N = 1024
+    mine, theirs = random_ids(1, N, of=32), random_ids(1, N, of=32) // 2 * 2
+    call = made(
+        "mine: i64[:, :]; theirs: i64[:, :]; s where (n - m) % 2 == 0 & mine[b, m] == theirs[b, n] else 0row",
+        Shape(1, 1, 1, N, N, 8, 8),
+        (mine, theirs),
+    )
+    q, k, v, *leaves = (x.detach() for x in (call.q, call.k, call.v, *call.leaves))
+    inputs = Inputs(call.spec, str(call.spec), call.shape, q, k, v, leaves, (), None, call.order)
+    with sorting(True), Cells() as seen:
+        Blocked().forward(inputs)
+    # a block of 128 rows has about four ids, of two of which there are keys, 64 each
+    assert seen.count < N * 512
+    hold_sorted(call)
+
+
 def test_what_pays_is_a_matter_of_sizes() -> None:
     shape = Shape(1, 8, 8, 1024, 1024, 64, 64)
     cells = 8 * 1024 * 1024
-    assert grouped.pays(shape, cells, cells // 8, 8)
-    assert not grouped.pays(shape, cells, cells // 8, 1000)
-    assert not grouped.pays(shape, cells, cells, 1)
-    assert not grouped.pays(shape._replace(B=100), cells, cells // 8, 8)
+    assert grouped.pays(shape, cells, cells // 8, 8, 8)
+    assert not grouped.pays(shape, cells, cells // 8, 1000, 8)
+    assert not grouped.pays(shape, cells, cells, 1, 8)
+    # as many parts of one head are less than parts of eight
+    assert grouped.pays(shape, cells, cells // 8, 400, 1)
+    assert not grouped.pays(shape, cells, cells // 8, 400, 8)
+    assert not grouped.pays(shape._replace(B=100), cells, cells // 8, 8, 8)
 
 
 # --- through the backend ---------------------------------------------------------------------------------------------

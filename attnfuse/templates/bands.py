@@ -14,9 +14,10 @@ from torch import Tensor
 
 from attnfuse.templates.keys import Keys
 
-# Rows of a band: what a call makes anew is as long.
+# Rows of a band, and keys of all its blocks: their gradients, and copies of them, are as long.
 _ROWS: Final = 4096
-# Keys of a band that are copied.
+_KEYS: Final = 1 << 15
+# Keys of all its blocks where they are copied.
 _COPIED: Final = 1 << 13
 
 
@@ -105,8 +106,8 @@ class Band(NamedTuple):
             for (start, end), step in zip(ahead, steps, strict=True)
         ):
             return None
-        copied = (self.blocks + 1) * keys.count if len(steps) > 1 else 0
-        if m[1] - self.m[0] > _ROWS or copied > _COPIED or not _same(mask, self.mask):
+        most = _COPIED if len(steps) > 1 else _KEYS
+        if m[1] - self.m[0] > _ROWS or (self.blocks + 1) * keys.count > most or not _same(mask, self.mask):
             return None
         return self._replace(m=(self.m[0], m[1]), blocks=self.blocks + 1, steps=steps)
 

@@ -354,12 +354,8 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
 
     def forward_of_band(band: Band, b: int) -> None:
-        q, k, v = (
-            band.rows_of(inputs.q[b, h0:h1]),
-            band.keys_of(inputs.k[b, kv0:kv1]),
-            band.keys_of(inputs.v[b, kv0:kv1]),
-        )
-        q, k, v = map(_unit_stride, (q, k, v))
+        q = _unit_stride(band.rows_of(inputs.q[b, h0:h1]))
+        k, v = (band.keys_of(_unit_stride(x[b, kv0:kv1])) for x in (inputs.k, inputs.v))
         values, sums = _FORWARD(q, k, v, 0.0, attn_mask=_for_blocks(band), scale=plan.scale)
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
@@ -415,7 +411,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     def backward_of_band(band: Band, b: int) -> None:
         of_rows = (x[b, h0:h1] for x in (grads.dout, inputs.q, grads.out, grads.row_lse))
         dout, q, out, lse = map(band.rows_of, of_rows)
-        k, v = (_unit_stride(band.keys_of(x[b, kv0:kv1])) for x in (inputs.k, inputs.v))
+        k, v = (band.keys_of(_unit_stride(x[b, kv0:kv1])) for x in (inputs.k, inputs.v))
         dout, q, out = map(_unit_stride, (dout, q, out))
         dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, False, attn_mask=_for_blocks(band), scale=plan.scale)
         if grads.dk is not None:

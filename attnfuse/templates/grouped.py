@@ -30,8 +30,9 @@ from attnfuse.templates.work import Gradients, Work, laid_out
 # and bf16, forward and backward.  A cell took 4 ns in the forward.
 # A row of D elements that is copied, of q, k, v or the result: 13 ns in the caches, 90 ns outside of them.
 _ROW: Final = 20
-# A part of its own: 60 us, but 400 to 600 us in the backward in bf16.
-_CALL: Final = 50_000
+# A part of its own, of eight heads: 60 us, but 400 to 600 us in the backward in bf16; less of fewer.
+_CALL: Final = 2_000
+_CALL_OF_HEAD: Final = 6_000
 # Ids, sorts and ranges: 0.7 ms.
 _SORT: Final = 200_000
 # Rows of a block where segments are too many to be told apart.
@@ -39,16 +40,16 @@ _BLOCK: Final = 128
 _LARGEST: Final = torch.iinfo(torch.int64).max
 
 
-def pays(shape: Shape, cells: int, in_order: int, calls: int) -> bool:
+def pays(shape: Shape, cells: int, in_order: int, calls: int, heads: int) -> bool:
     """Whether sorting is the cheaper way.
 
     Args:
         cells: those that are computed without, over all batches and heads.
         in_order: those that are computed in the order of ids.
-        calls: into how many parts these fall.
+        calls: into how many parts these fall, each of so many `heads`, those of all its batches.
     """
     copied = 2 * shape.B * (shape.H * shape.M + shape.Hkv * shape.N)
-    return in_order + _ROW * copied + _CALL * calls + _SORT < cells
+    return in_order + _ROW * copied + (_CALL + _CALL_OF_HEAD * heads) * calls + _SORT < cells
 
 
 class Order(NamedTuple):
@@ -102,7 +103,7 @@ def _asked(text: str) -> Mask:
 def order_of(inputs: Inputs) -> Order | None:
     """The order in which to compute a call, or None where it is to be computed as it stands; its sizes are at least 1."""
     ids, shape = _ids_of(inputs.text), inputs.shape
-    if not ids.any or not pays(shape, shape.B * shape.H * shape.M * shape.N, 0, 1):
+    if not ids.any or not pays(shape, shape.B * shape.H * shape.M * shape.N, 0, 1, 1):
         return None
     if ids.from_sizes:
         return _index_order(inputs.text, shape, inputs.sizes)
@@ -150,11 +151,11 @@ def _order(text: str, block: Block, shape: Shape) -> Order | None:
     # by heads, or batches, that share an order
     times = shape.B // len(first) * (shape.H // first.shape[1])
     cells = times * _cells_as_they_stand(known)
-    if not pays(shape, cells, times * int((last - first).sum()), len(first) * first.shape[1]):
+    if not pays(shape, cells, times * int((last - first).sum()), len(first) * first.shape[1], times):
         return None
     runs = _runs(first, last, count[..., 0].tolist(), known.exact, shape)
     in_order, calls = _cost(first, last, runs)
-    return Order(runs, rows, keys) if pays(shape, cells, times * in_order, calls) else None
+    return Order(runs, rows, keys) if pays(shape, cells, times * in_order, calls, times) else None
 
 
 def _known(text: str, block: Block, shape: Shape) -> _Known | None:
@@ -168,7 +169,7 @@ def _known(text: str, block: Block, shape: Shape) -> _Known | None:
     if len(rows) < len(of_rows) or len(keys) < len(of_keys):
         return None
     row_ids, key_ids = _joined(rows, keys)
-    if row_ids.shape[1] == 1 and key_ids.shape[1] == 1 and _together(key_ids) and _together(row_ids):
+    if row_ids.shape[1] == 1 and key_ids.shape[1] == 1 and _side_by_side(key_ids) and _side_by_side(row_ids):
         return None
     bounds = [_lined(x, shape.M) for x in mask.rows_of(beside)]
     between = len(mask.rows.lower)
@@ -234,7 +235,7 @@ def _ranked(row: Tensor, key: Tensor) -> tuple[tuple[Tensor, Tensor], int]:
     return (parts[0].view(row.shape), parts[1].view(key.shape)), len(values)
 
 
-def _together(keys: Tensor) -> bool:
+def _side_by_side(keys: Tensor) -> bool:
     """Whether the keys, or rows, of each id stand side by side in every batch."""
     if bool((keys[..., 1:] >= keys[..., :-1]).all()):
         return True
@@ -259,7 +260,9 @@ def _ranges(
     numbers = torch.where(place, of_id * (N + 1) + keys, (N + 1) * (N + 1))
     base = of_id.gather(-1, at) * (N + 1)
     first, last = (
-        torch.searchsorted(numbers, base + end.gather(-1, rows)).where(found, 0) for end in (known.low, known.high)
+        # a row whose id no key has is empty where its keys would stand, so that it widens no block
+        torch.searchsorted(numbers, base + end.gather(-1, rows)).where(found, at)
+        for end in (known.low, known.high)
     )
     return first, torch.maximum(first, last)
 
@@ -365,10 +368,11 @@ class Ordered(Work):
 
     def results_of(self, grads: Gradients, cotangents: Cotangents) -> list[Tensor]:
         """The wanted gradients in the order of the call."""
-        # a sink is a row's alone
-        of_leaves = Gradients(self._as_it_stands, cotangents._replace(needs=(False,) * 3 + cotangents.needs[3:]))
-        of_leaves.leaves = grads.leaves
-        of_leaves.finish_sink()
+        if self._as_it_stands.sink is not None:
+            # it is a row's alone
+            of_sink = Gradients(self._as_it_stands, cotangents._replace(needs=(False,) * 3 + cotangents.needs[3:]))
+            of_sink.leaves = grads.leaves
+            of_sink.finish_sink()
         rows, keys = _inverse(self.order.rows), _inverse(self.order.keys)
         if grads.dq is not None:
             grads.dq = laid_out(_taken(grads.dq, rows), grads.dq.dtype, self.inputs.out_order)
