@@ -293,7 +293,7 @@ class Growth:
     lengths: ClassVar = (4096, 8192, 16384, 32768, 65536)
     # no multiple of it is one of a block's rows
     every: ClassVar = 1021
-    keys: ClassVar = (100, 20_000, 40_077, 65_535)
+    keys: ClassVar = (100, 40_077, 65_535)
     """Few rows look at these."""
     exponent: ClassVar = Target("at most", 1.15)
     memory: ClassVar = Target("at most", 24.0)
