@@ -56,6 +56,20 @@ def test_left(fn: Callable[..., Any]) -> None:
     assert second.code == "AF000"
 
 
+@torch.library.custom_op("attnfuse_tests::shifted", mutates_args=())
+def shifted(rows: int, offsets: int) -> Tensor:
+    """What an operator of somebody else's gives is known when it runs."""
+    return (torch.arange(offsets) < SHIFT).expand(rows, offsets).clone()
+
+
+@shifted.register_fake
+def _(rows: int, offsets: int) -> Tensor:
+    return torch.empty(rows, offsets, dtype=torch.bool)
+
+
+SHIFT = 0
+
+
 # Windows, read by each query
 
 
@@ -286,6 +300,49 @@ def values_padded_with_infinities(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) 
 def dropped_twice(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
     """It is a band, but nothing that is fused: the chunks are still there."""
     return chunked(q, k, v, drop=1e-9)(on_weights=lambda w: torch.nn.functional.dropout(w, 1e-9))
+
+
+@left
+def a_mask_of_an_operator_that_is_not_known(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    blank = torch.ops.attnfuse_tests.shifted(M, 2 * W + 1) | outside()
+    return sums(scores(q, windows(k)).masked_fill(blank, -torch.inf).softmax(-1), windows(v))
+
+
+@left
+def a_rounded_quotient(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    low = torch.div(scores(q, windows(k)), 0.125, rounding_mode="floor")
+    return sums(low.masked_fill(outside(), -torch.inf).softmax(-1), windows(v))
+
+
+@left
+def a_depth_that_is_expanded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    wide = q[..., :1].expand(q.shape)
+    return sums(scores(wide, windows(k)).masked_fill(outside(), -torch.inf).softmax(-1), windows(v))
+
+
+@left
+def heads_that_are_expanded(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+    q, k, v = (x[:, :1].expand(x.shape) for x in (q, k, v))
+    return sums(scores(q, windows(k)).masked_fill(outside(), -torch.inf).softmax(-1), windows(v))
+
+
+def test_a_mask_of_rows_that_is_overwritten_after_it_was_read() -> None:
+    def overwritten(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> tuple[Tensor, Tensor]:
+        rows = (~pad)[:, None, :, None].clone()
+        weights = scores(q, windows(k)).masked_fill(outside(), -torch.inf).softmax(-1).masked_fill(rows, 0.0)
+        rows.logical_not_()
+        return sums(weights, windows(v)), rows
+
+    check(overwritten, *given(), gradients=False)
+
+
+def test_numbers_are_not_rounded_before_they_are_multiplied() -> None:
+    def small(q: Tensor, k: Tensor, v: Tensor, pad: Tensor) -> Tensor:
+        fill = torch.full((M, 2 * W + 1), 1e-5, dtype=torch.float16) * -1e5
+        return sums(torch.where(outside(), fill, scores(q, windows(k))).softmax(-1), windows(v))
+
+    (remark,) = check(small, *given(torch.float16)).remarks
+    assert remark.kind == "missed"
 
 
 def test_one_head() -> None:

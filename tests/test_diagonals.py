@@ -14,6 +14,7 @@ from transformers import T5Config, T5Model
 from attnfuse import passes
 from attnfuse.backend import listening
 from attnfuse.options import Options
+from attnfuse.passes import diagonal
 from attnfuse.remark import Report
 from attnfuse.spec import Shape
 from attnfuse.templates import diagonals
@@ -24,6 +25,14 @@ from tests.numerics import assert_close
 from tests.test_biases import Learned, added, attention
 
 M, H, D, BUCKETS = 136, 2, 8, 8
+
+
+@pytest.fixture(autouse=True)
+def _large(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tensors for M rows and keys are large."""
+    monkeypatch.setattr(diagonal, "_SMALL", 1 << 14)
+
+
 MIN = torch.finfo(torch.float32).min
 
 
@@ -203,6 +212,12 @@ def with_another_table_later(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad
     return attention(q, k, v, bias) + copy.sum()
 
 
+def hashed(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
+    """By a multiple that wraps around."""
+    bucket = ((relative(q, k) * -7046029254386353131) >> 61) + 4
+    return attention(q, k, v, table[bucket].permute(2, 0, 1))
+
+
 @pytest.mark.parametrize(
     "fn",
     [
@@ -223,6 +238,14 @@ def test_other_biases_are_read_for_each_row_and_key(fn: Callable[..., Tensor]) -
     (remark,) = check(fn, q, k, v, randn(BUCKETS, H, seed=9), pad).remarks
     assert "n - m" not in str(remark.score)
     assert "m, n]" in str(remark.score)
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_multiples_that_wrap_around(dynamic: bool) -> None:
+    """They are computed by the model's operator, and in no bound of an arange."""
+    q, k, v, pad = operands()
+    (remark,) = check(hashed, q, k, v, randn(BUCKETS, H, seed=9), pad, dynamic=dynamic).remarks
+    assert remark.score == ("s*0.5 + bias[h, n + M - m - 1]" if dynamic else "s*0.5 + bias[h, n - m + 135]")
 
 
 def test_small_ones_are_read_for_each_row_and_key() -> None:

@@ -25,7 +25,6 @@ NOT_FUSED = {
     "off_by_one": "a constant added to the sum",
     "two_sources_one_softmax": "one softmax over two products",
     "difference_of_two": "one product with the values for two softmaxes",
-    "neighbourhood_by_unfold": "each query has keys of its own",
     "online_softmax": "a softmax over pieces, put together",
 }
 

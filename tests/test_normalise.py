@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from attnfuse.passes.normalise import NORMALISED_BODIES, NormaliseError, _copied, _Replay, normalise
 from tests.harness import OLDER_TORCH
+from tests.harness import check as attention_check
 
 aten = torch.ops.aten
 Function = Callable[..., Any]
@@ -827,6 +828,37 @@ def test_sizes_that_depend_on_values(outputs: bool) -> None:
     unbacked = [node for node in new.graph.nodes if "unbacked_bindings" in node.meta]
     assert {str(node.target) for node in unbacked} >= {"aten.nonzero.default", "aten.index.Tensor"}
     assert "aten.item.default" in calls(new)
+
+
+def _attends(x: Tensor) -> Tensor:
+    return (x @ x.mT).tanh().softmax(-1) @ x
+
+
+def test_a_size_that_values_tell_is_a_miss_beside_what_is_fused() -> None:
+    def fn(x: Tensor, n: Tensor) -> Any:
+        size = n.sum().item()
+        torch._check(size >= 2)  # type: ignore[operator]
+        torch._check(size <= x.shape[-2])  # type: ignore[operator]
+        return _attends(x[:, :, :size]), _attends(x)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True):
+        first, second = attention_check(fn, torch.randn(1, 2, 8, 4), torch.tensor(3)).remarks
+    assert (first.code, second.code) == ("AF033", "AF000")
+    assert "only the values of tensors tell the size" in str(first)
+
+
+def test_a_retrace_that_fails_leaves_the_original_to_be_compiled() -> None:
+    """Its symbols are in no node of the original."""
+
+    def fn(x: Tensor, n: Tensor) -> Any:
+        return _attends(x), *torch.tensor_split(x[0, 0] * 2, n)
+
+    with torch._dynamo.config.patch(capture_scalar_outputs=True, capture_dynamic_output_shape_ops=True):
+        torch._dynamo.reset()
+        x, n = torch.randn(1, 2, 8, 4, requires_grad=True), torch.tensor([3, 5])
+        found = torch.compile(fn, backend="attnfuse", options={"downstream": "aot_eager", "strict": False})(x, n)
+    for mine, theirs in zip(found, fn(x, n), strict=True):
+        torch.testing.assert_close(mine, theirs)
 
 
 def _numpy_size(x: Tensor, n: Tensor) -> Tensor:

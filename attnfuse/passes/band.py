@@ -304,7 +304,7 @@ class _Band:
                 mask = args["mask"]
                 tail = places[len(places) - len(shape(mask)) :]
                 own = tuple(ZERO if size == 1 else x for size, x in zip(shape(mask), tail, strict=True))
-                found = origins.at(mask, own, where, now)
+                found = origins.at(mask, own, where, self.storage.position[node])
                 if len(found) != 1 or not isinstance(found[0].value, Element):
                     raise Unproven("weights that are set to zero under more than one mask")
                 below.emptied.append(found[0].value)
@@ -473,6 +473,8 @@ class _Band:
         score_type, out_type = fake(found.node).dtype, fake(self.product).dtype
         rows = _cast(make, q.written(make, (*outer, _QUERY, _DEPTH)), score_type)
         keys = _cast(make, k.written(make, (*outer, _DEPTH, _KEY)), score_type)
+        if fake(rows).shape[-1] != fake(keys).shape[-2]:
+            raise Unproven("a factor that is expanded over the depth")
         raw = make(aten.matmul.default, rows, keys)
 
         def written(value: Value | None) -> fx.Node:
@@ -529,6 +531,8 @@ class _Band:
         order = [*(at for at, name in enumerate(dims) if name not in names), *(dims.index(name) for name in names)]
         if order != sorted(order):
             out = make(aten.permute.default, out, order)
+        if fake(out).numel() != fake(self.product).numel():
+            raise Unproven("factors that are expanded over what no other varies with")
         out = make(aten.reshape.default, out, list(fake(self.product).shape))
         new, old = fake(out), fake(self.product)
         strides = zip(new.stride(), old.stride(), old.shape, strict=True)

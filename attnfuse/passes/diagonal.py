@@ -26,8 +26,10 @@ if TYPE_CHECKING:
 
 __all__ = ["Diagonal", "along", "is_worth_it"]
 
-# Up to so many elements for each head a tensor for all rows and keys costs nothing: so many scores are written out, or fit a cache.
-_SMALL: Final = 1 << 14
+# Up to so many elements for each head a tensor for all rows and keys is no larger than what kernels copy for diagonals.
+_SMALL: Final = 1 << 16
+# Positions are computed without a multiple that wraps around.
+_LARGE: Final = 1 << 31
 _MOST_STEPS: Final = 64
 # Beside those that are tagged as pointwise.
 _BY_ELEMENT: Final = (
@@ -178,6 +180,8 @@ class _Search:
             if number is None:
                 return None
             more.append((number, times))
+        if any(abs(x) >= _LARGE for x in (factor, form.constant, *(times for _, times in more))):
+            return None
         return _Step(node, rows, keys, factor, form.constant, tuple(more))
 
     def _operands(self, node: fx.Node, rows: int, keys: int) -> list[tuple[fx.Node, int, int]]:

@@ -104,6 +104,8 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
     fake_mode = next((value.fake_mode for value in inputs if isinstance(value, FakeTensor)), None)
     if fake_mode is None:
         raise NormaliseError("the graph has no tensor input")
+    env: Any = fake_mode.shape_env
+    pending = [] if env is None else list(env.pending_fresh_unbacked_symbols)
     try:
         with fake_mode, _no_new_guards(fake_mode), _no_questions_of_layout():
             # Else nonzero() would answer with the symbol that it made when the graph was run before.
@@ -113,9 +115,12 @@ def normalise(gm: fx.GraphModule) -> fx.GraphModule:
             except _OutdatedError:
                 fake_mode.epoch += 1
                 return _Retrace(fake_mode, recall=False).trace(gm)
-    except NormaliseError:
-        raise
     except Exception as error:
+        if env is not None:
+            # what was left half done made symbols that nobody binds; the original is compiled beside them
+            env.pending_fresh_unbacked_symbols[:] = pending
+        if isinstance(error, NormaliseError):
+            raise
         text = str(error).strip().splitlines() or [""]
         raise NormaliseError(f"the retrace raised {type(error).__name__}: {text[0]}") from error
 

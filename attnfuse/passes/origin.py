@@ -536,14 +536,18 @@ def has_product(value: Value) -> bool:
 
 
 def _folded(node: fx.Node, a: Value, b: Value, values: tuple[Value | None, ...]) -> Value:
+    args = bound(node)
+    if args.get("rounding_mode") is not None:
+        raise Unproven("a rounded quotient")
     if isinstance(a, Number) and isinstance(b, Number):
         work: Callable[..., Tensor] = getattr(torch, packet(node).rstrip("_"))
-        args = bound(node)
         extra = {"alpha": args["alpha"]} if args.get("alpha", 1) != 1 else {}
-        if args.get("rounding_mode") is not None:
-            raise Unproven("a rounded quotient")
         dtype = _dtype(node)
-        both = (torch.tensor(x.number, dtype=dtype, device="cpu") for x in (a, b))
+        # a number that is no tensor is not rounded to the type of the other
+        both = (
+            x.number if of is None else torch.tensor(x.number, dtype=dtype, device="cpu")
+            for x, of in zip((a, b), values, strict=True)
+        )
         number = work(*both, **extra).item()
         return Number(number)
     return Arithmetic(node, values)

@@ -45,10 +45,12 @@ class Emitter:
         self.mode = mode
 
     def __call__(self, target: Any, *args: Any, **kwargs: Any) -> fx.Node:
-        node = self.graph.create_node("call_function", target, args, kwargs)
         values = fx.map_arg((args, kwargs), lambda x: x.meta["val"])
         with self.mode, torch.no_grad(), _no_autocast():
-            node.meta["val"] = target(*values[0], **values[1])
+            value = target(*values[0], **values[1])
+        # not before: a node without a value is left in no graph, should the operator refuse
+        node = self.graph.create_node("call_function", target, args, kwargs)
+        node.meta["val"] = value
         return self._attributed(node)
 
     def bare(self, target: Any, *args: Any) -> fx.Node:

@@ -12,6 +12,7 @@ from torch import fx
 from attnfuse.passes.graph import SHORT_DTYPES, fake
 from attnfuse.passes.index import Size, same
 from attnfuse.passes.lift import LeafSource, Scope
+from attnfuse.passes.peel import Miss
 from attnfuse.passes.site import Site, layout
 from attnfuse.score import Call, Expr, Load, Program, Var, free_vars, loads, substitute, walk
 from attnfuse.spec import AttentionSpec, Leaf, Shape
@@ -101,12 +102,19 @@ def _rebuilt(expr: Expr, swap: Callable[[Load], Load]) -> Expr:
 
 
 def hint(size: Size, node: fx.Node) -> int:
-    """The size in this compile; for a symbol, the value that it was traced with."""
+    """The size in this compile; for a symbol, the value that it was traced with.
+
+    Raises:
+        Miss: only the values of tensors tell it.
+    """
     if isinstance(size, int):
         return size
     env = fake(node).fake_mode.shape_env  # type: ignore[attr-defined]
     known = env.backed_var_to_val if hasattr(env, "backed_var_to_val") else env.var_to_val
-    return int(size.xreplace(known))
+    found = size.xreplace(known)
+    if not found.is_number:
+        raise Miss("AF033", node, f"only the values of tensors tell the size {found}")
+    return int(found)
 
 
 def _hints(site: Site) -> Shape:

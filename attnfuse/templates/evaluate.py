@@ -219,12 +219,12 @@ def _diagonal(leaf: str, lead: tuple[int, ...]) -> Callable[..., Value]:
     placed = tuple(slice(None) if dim in lead or dim > 1 else None for dim in range(4))
 
     def run(block: Block, offset: Value, *indices: Value) -> Value:
-        assert isinstance(offset, int)
+        assert not isinstance(offset, Tensor)
         found = None
         if block.copies is not None:
             if leaf not in block.copies:
                 block.copies[leaf] = diagonals.repeated(block.leaves[leaf], block.sizes["M"], block.dtype)
-            found = diagonals.view(block.copies[leaf], lead, block.ranges, offset)
+            found = diagonals.view(block.copies[leaf], lead, block.ranges, int(offset))
         if found is None:
             return _read(block, leaf, "float", *indices, block.index(3) - block.index(2) + offset)
         if block.keys is not None:
