@@ -45,11 +45,6 @@ CASES: Final = (
     Case("softcap", "50*tanh(s*0.125/50) where n <= m else -inf"),
     Case("longformer", "s*0.125 where abs(m - n) <= 256 | n < 64 | m < 64 else -inf"),
     Case("hashed", "id: i64[:, :]; s*0.125 where id[b, m] == id[b, n] else -inf", ((torch.int64, (_B, _N)),)),
-    Case(
-        "diagonals",
-        f"bias: f32[:, :]; s*0.125 + bias[h, n - m + {_N - 1}] where n <= m else -inf",
-        ((torch.float32, (_H, 2 * _N - 1)),),
-    ),
     Case("alibi", "slope: f32[:]; s*0.125 + slope[h]*n where n <= m else -inf", ((torch.float32, (_H,)),)),
 )
 
