@@ -193,3 +193,21 @@ def test_refused(fn: Move) -> None:
     places = tuple(Place(torch.arange(s).view(-1, *[1] * (len(shape) - 1 - d))) for d, s in enumerate(shape))
     with pytest.raises(Unproven):
         Origins(Storage(module.graph), {}).at(out, places, torch.ones(shape, dtype=torch.bool), len(module.graph.nodes))
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_a_tensor_that_may_be_written_to_later_is_no_constant(held: bool) -> None:
+    """The module of a graph holds it, as a buffer for example."""
+    module, out = found(lambda x: torch.where(torch.arange(6) < 3, x, 0.0))
+    if held:
+        (mask,) = [node for node in module.graph.nodes if "lt" in str(node.target)]
+        module.register_buffer("mask", torch.arange(6) < 3)
+        with module.graph.inserting_before(mask):
+            buffer = module.graph.get_attr("mask")
+        buffer.meta = dict(mask.meta)
+        mask.replace_all_uses_with(buffer)
+    places = tuple(Place(torch.arange(s).view(-1, *[1] * (3 - d))) for d, s in enumerate(X.shape))
+    cases = Origins(Storage(module.graph), {}).at(out, places, torch.ones(X.shape, dtype=torch.bool), 99)
+    ops = {case.value.node.op for case in cases if isinstance(case.value, Element)}
+    assert ops == ({"call_function"} if held else {"placeholder"})
+    assert (Number(0.0) in [case.value for case in cases]) is not held

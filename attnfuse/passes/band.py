@@ -313,7 +313,8 @@ class _Band:
             source = node.args[0]
             if not isinstance(source, fx.Node) or shape(source) != shape(node):
                 raise Unproven("weights that are expanded")
-            node = source
+            # what is read is read by this step, and not by the product
+            node, now = source, self.storage.position[node]
 
     def _name(self, below: _Below, at: tuple[Place, ...], read: Tensor, cells: Sequence[int], depth: str) -> None:
         """Which dimension of the weights is what in the product."""

@@ -12,17 +12,22 @@ from attnfuse.passes.graph import Storage, fake, is_tensor, packet
 _MOST_STEPS: Final = 64
 
 
-def constant(storage: Storage, node: fx.Node, most: int) -> Tensor | None:
-    """The node's tensor on the CPU; None where an input, memory or chance goes into it, or a step has more elements than `most`."""
+def constant(storage: Storage, node: fx.Node, most: int, *, held: bool = True) -> Tensor | None:
+    """The node's tensor on the CPU; None where an input, memory or chance goes into it, or a step has more elements than `most`.
+
+    Args:
+        held: whether tensors that the graph's module holds count, which may be written to once the graph is compiled; numbers
+            that stand in the program count always.
+    """
     try:
-        steps = _steps_to(storage, node, most)
+        steps = _steps_to(storage, node, most, held=held)
         return None if steps is None else _value(steps[0])
     except Exception:
         # a constant that cannot be had here is not known
         return None
 
 
-def _steps_to(storage: Storage, node: fx.Node, most: int) -> list[fx.Node] | None:
+def _steps_to(storage: Storage, node: fx.Node, most: int, *, held: bool) -> list[fx.Node] | None:
     """The nodes that a tensor is made by, the last first."""
     steps: list[fx.Node] = []
     todo = [node]
@@ -31,7 +36,7 @@ def _steps_to(storage: Storage, node: fx.Node, most: int) -> list[fx.Node] | Non
         if at in steps:
             continue
         overload = at.target
-        plain = at.op == "get_attr" or (
+        plain = (at.op == "get_attr" and (held or _is_literal(at))) or (
             isinstance(overload, torch._ops.OpOverload)
             # what somebody else's does is known to nobody else
             and overload.namespace in ("aten", "prims")
@@ -45,6 +50,11 @@ def _steps_to(storage: Storage, node: fx.Node, most: int) -> list[fx.Node] | Non
         steps.append(at)
         todo.extend(at.all_input_nodes)
     return steps
+
+
+def _is_literal(node: fx.Node) -> bool:
+    """Whether a tensor that the module holds is one that tracing made of numbers: nothing else has it."""
+    return all(packet(user) in ("lift_fresh", "lift_fresh_copy") for user in node.users)
 
 
 def _is_small(node: fx.Node, most: int) -> bool:

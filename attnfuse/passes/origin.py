@@ -238,9 +238,9 @@ class Origins:
         return self._known(node, places, where) or itself
 
     def _known(self, node: fx.Node, places: Places, where: Tensor) -> list[Case] | None:
-        """A few numbers in a tensor that no input goes into."""
+        """A few numbers in a tensor that nothing goes into but what the graph itself says."""
         if node not in self._constants:
-            self._constants[node] = constant(self.storage, node, MOST_CELLS)
+            self._constants[node] = constant(self.storage, node, MOST_CELLS, held=False)
         held = self._constants[node]
         if held is None or any(place.steps for place in places):
             return None

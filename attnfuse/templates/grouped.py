@@ -30,8 +30,9 @@ from attnfuse.templates.work import Gradients, Work, laid_out
 # and bf16, forward and backward.  A cell took 4 ns in the forward.
 # A row of D elements that is copied, of q, k, v or the result: 13 ns in the caches, 90 ns outside of them.
 _ROW: Final = 20
-# A part of its own, of eight heads: 60 us, but 400 to 600 us in the backward in bf16; less of fewer.
-_CALL: Final = 2_000
+# A part of its own: of eight heads 60 us, but 400 to 600 us in the backward in bf16; of one head 45 us (8 ms for 128 parts of 64
+# rows).
+_CALL: Final = 6_000
 _CALL_OF_HEAD: Final = 6_000
 # Ids, sorts and ranges: 0.7 ms.
 _SORT: Final = 200_000
