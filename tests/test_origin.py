@@ -200,7 +200,7 @@ def test_a_tensor_that_may_be_written_to_later_is_no_constant(held: bool) -> Non
     """The module of a graph holds it, as a buffer for example."""
     module, out = found(lambda x: torch.where(torch.arange(6) < 3, x, 0.0))
     if held:
-        (mask,) = [node for node in module.graph.nodes if "lt" in str(node.target)]
+        (mask,) = [node for node in module.graph.nodes if str(node.target).startswith("aten.lt")]
         module.register_buffer("mask", torch.arange(6) < 3)
         with module.graph.inserting_before(mask):
             buffer = module.graph.get_attr("mask")
