@@ -190,7 +190,10 @@ def test_in_a_pass_that_other_sites_do_not_need(name: str, monkeypatch: pytest.M
     given = {"downstream": "eager", "inline_scores": 0}
     graph, report = passes.run(gm, Options.parse(None, given))
     assert graph is not None
-    assert report.fused == report.remarks
+    (failed,) = report.failed
+    assert failed.code == "AF040"
+    assert "injected" in str(failed)
+    assert (*report.fused, failed) == report.remarks
     torch.testing.assert_close(graph(*inputs)[0], expected)
     with pytest.raises(RuntimeError, match="injected"):
         passes.run(gm, Options.parse(None, {**given, "strict": True}))

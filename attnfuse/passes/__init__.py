@@ -53,6 +53,8 @@ class Work:
     fused: int = 0
     leave: frozenset[tuple[int, str]] = frozenset()
     """Softmaxes, by number of the graph and name, that are not to be respelled, because they were not fused when they were."""
+    failures: list[Remark] = field(default_factory=list)
+    """What raised at no attention in particular."""
 
 
 def run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, Report]:
@@ -79,7 +81,7 @@ def _run(gm: fx.GraphModule, options: Options) -> tuple[fx.GraphModule | None, R
     first = work = _through(Work(gm, options))
     while work.fused and (left := _left_respelled(work)):
         work = _through(Work(gm, options, leave=work.leave | left))
-    return (work.graph if work.fused else None), Report(tuple(_remarks(first, work)))
+    return (work.graph if work.fused else None), Report((*_remarks(first, work), *work.failures))
 
 
 def _remarks(first: Work, last: Work) -> Iterator[Remark]:
@@ -141,11 +143,12 @@ def normalised(work: Work) -> None:
     work.graph = normalise(work.original)
     try:
         _in_order(work, work.graph, join, unband)
-    except Exception:
+    except Exception as error:
         if work.options.strict:
             raise
         # a graph that one of them has left half done is no graph; without them only their own sites are lost
         log.debug("a pass that joins parts raised", exc_info=True)
+        work.failures.append(Remark.of("AF040", error=_described(error), node="attentions in parts or over offsets"))
         work.graph = normalise(work.original)
         _in_order(work, work.graph)
 
