@@ -273,11 +273,19 @@ class TestResults:
             if isinstance(case, Speed):
                 samples = kept.outcome.samples
                 best = min(case.stock, key=lambda name: stats.median(samples[name]).value)
+                compared: dict[str, set[str]] = {}
                 for row in kept.outcome.rows:
-                    ours, _, other = row.figure.partition(" over ")
-                    assert other == best
+                    ours, over, other = row.figure.partition(" over ")
+                    if not over:
+                        assert row.estimate == pytest.approx(stats.median(samples["flex mask"]))
+                        continue
+                    compared.setdefault(ours, set()).add(other)
                     if row.estimate is not None:
-                        assert row.estimate == pytest.approx(stats.speed_up(samples[ours], samples[best]))
+                        assert row.estimate == pytest.approx(stats.speed_up(samples[ours], samples[other]))
+                assert compared.keys() == set(case.ours)
+                for ours, others in compared.items():
+                    right = any(row.estimate for row in kept.outcome.rows if row.figure.startswith(f"{ours} over "))
+                    assert others == ({best, *case.peers} if right else {best}), kept.case
 
 
 class TestCommandLine:
