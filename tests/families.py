@@ -191,6 +191,17 @@ FAMILIES: dict[str, tuple[str, Leaves]] = {
         "table: f32[:, :]; bucket: i64[:]; s*0.25 + table[bucket[n - m + M - 1], h]",
         lambda x: (floats(6, x.H), torch.arange(x.M + x.N) % 6),
     ),
+    "two dimensions": (
+        "table: f32[:, :]; ids: i64[:, :]; s*0.25 + table[where(ids[m, n] < 0, ids[m, n] + 7, ids[m, n]), h] where n <= m + 5 else +min",
+        lambda x: (floats(7, x.H), (torch.arange(x.M)[:, None] * 3 + torch.arange(x.N)) % 14 - 7),
+    ),
+    "table by batch": (
+        "table: f16[:, :, :]; ids: i32[:, :, :]; s*0.25 + table[h, ids[b, m, n], b] - table[h, ids[b, n, m] // 2, b]",
+        lambda x: (
+            floats(x.H, 9, x.B).half(),
+            torch.arange(x.B * max(x.M, x.N) ** 2, dtype=torch.int32).view(x.B, max(x.M, x.N), -1) * 5 % 9,
+        ),
+    ),
     "diagonals": (
         "pad: bool[:, :]; bias: f32[:, :]; s*0.125 + bias[h, n - m + M - 1] where n <= m + 5 & pad[b, n] else +min",
         lambda x: (scattered(x.B, x.N), floats(x.H, x.M + x.N - 1)),

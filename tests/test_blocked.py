@@ -25,6 +25,7 @@ from tests.families import (
     SHAPES,
     Call,
     Leaves,
+    floats,
     hold_to_oracle,
     made,
     scattered,
@@ -53,6 +54,40 @@ def test_the_log_sum_exp_is_differentiable(name: str) -> None:
     hold_to_oracle(made(text, shape, leaves(shape)), with_lse=True)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("name", ["dense bias", "infinite bias", "two dimensions", "diagonals", "relative"])
+def test_biases_of_more_rows_than_a_block(name: str, dtype: torch.dtype) -> None:
+    """Up to a block of rows the library's kernel may be called once, for a bias of all cells."""
+    text, leaves = FAMILIES[name]
+    shape = Shape(2, 4, 2, 300, 270, 16, 16)
+    hold_to_oracle(made(text, shape, leaves(shape), dtype))
+
+
+def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its gradients too, unless the log-sum-exp has too few digits."""
+    calls: list[str] = []
+
+    def counting(name: str) -> Callable[..., Any]:
+        kernel = getattr(flash_step, name)
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            calls.append(name)
+            return kernel(*args, **kwargs)
+
+        return run
+
+    for name in ("_FORWARD", "_BACKWARD"):
+        monkeypatch.setattr(flash_step, name, counting(name))
+    shape = Shape(2, 4, 2, 200, 270, 16, 16)
+    for offset, expected in ((0.0, ["_FORWARD", "_BACKWARD"]), (-1e4, ["_FORWARD"])):
+        calls.clear()
+        call = made("bias: f32[:, :]; s*0.125 + bias[m, n]", shape, (floats(200, 270) + offset,))
+        torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+        assert calls == expected
+        # the leaf asks for no gradient here, and does there
+        hold_to_oracle(call)
+
+
 def test_sizes_of_the_call() -> None:
     shape = SHAPES["short"]
     hold_to_oracle(made("s*0.125 where n <= m + i0 & n > m + i0 - i1 else -inf", shape, sizes=(30, 20)))
@@ -66,6 +101,7 @@ def blocks(rows: int, cells: int) -> Iterator[None]:
         patch.setattr(plain_step, "rows_of_block", lambda shape: rows)
         patch.setattr(plain_step, "BLOCK_CELLS", cells)
         patch.setattr(flash_step, "_ROWS", rows)
+        patch.setattr(flash_step, "_ROWS_OF_RECTANGLE", 2 * rows)
         patch.setattr("attnfuse.templates.degenerate.BLOCK_CELLS", cells)
         patch.setattr(cover, "_SEGMENTS", 3)
         yield

@@ -123,7 +123,11 @@ def _notes(site: Site, what: Meaning) -> tuple[str, ...]:
 
     masks = of_each_score(tier.allowed for tier in what.spec.program.tiers)
     # a float that is added and that nobody learns may be a mask too
-    added = [x for x in of_each_score([what.spec.program.body]) if not site.scope.may_require_grad(x)]
+    added = [
+        x
+        for x in of_each_score([what.spec.program.body])
+        if fake(x).dtype.is_floating_point and not site.scope.may_require_grad(x)
+    ]
     if any(node.op == "placeholder" for node in (*masks, *added)):
         notes.append("AF050")
     elif masks:

@@ -20,6 +20,7 @@ from torch import fx
 
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.diagonal import Diagonal, along, is_worth_it
+from attnfuse.passes.gathered import gathered
 from attnfuse.passes.graph import SHORT_DTYPES, Storage, fake, is_tensor, mark_no_grad, packet, shape
 from attnfuse.passes.index import Index, Size, Unliftable, same, size_of, value
 from attnfuse.passes.normalise import NORMALISED, NORMALISED_BODIES
@@ -273,7 +274,7 @@ class Lifter:
         parts = tuple(tuple(digit.size for digit in index[at]) for at in dims)
         symbols = max((sum(not isinstance(size, int) for size in sizes) for sizes in parts), default=0)
         if {"m", "n"} <= {*names} <= {*_AXES} and len({*names}) == len(names) and symbols < 2:
-            found = self._along(node, index)
+            found = self._along(node, index) or gathered(self, node, index)
             if found is not None:
                 return found
             order = tuple(sorted(range(len(names)), key=lambda at: _AXES.index(names[at])))

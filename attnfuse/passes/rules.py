@@ -637,7 +637,7 @@ def _index(at: At) -> Expr:
         if loads(where) and {"m", "n"} <= free_vars(where):
             raise Unliftable("a gather by data over queries and keys")
         size = shape(source)[dim]
-        if not _is_natural(where, middle):
+        if not is_natural(where, middle):
             raise Unliftable("an index that may be negative")
         out.append(() if same(size, 1) else (Digit(where, size),))
     out.extend(at.index[places[0] + rank :])
@@ -662,7 +662,7 @@ def _rows(at: At) -> Expr:
     return at.lift(source, (*at.index[:dim], row, *at.index[dim + rank :]))
 
 
-def _is_natural(where: Expr, index: Sequence[Index]) -> bool:
+def is_natural(where: Expr, index: Sequence[Index]) -> bool:
     """Whether an index is certainly not negative (PyTorch would count it from the end)."""
     form = score.linear(where)
     least = score.lower_bound(form) if form is not None else None

@@ -21,7 +21,7 @@ from attnfuse.score import Call, Expr, Var, call, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import tile_lists
 from attnfuse.templates.base import Inputs
-from attnfuse.templates.evaluate import Block, Evaluator, Value, named_sizes, varies
+from attnfuse.templates.evaluate import Block, Copies, Evaluator, Value, named_sizes, varies
 from attnfuse.templates.keys import Keys
 from attnfuse.templates.tile_lists import classes_of, of_kv_heads, together
 from attnfuse.templates.tile_map import classes
@@ -204,7 +204,7 @@ def block_of(
     m: tuple[int, int],
     n: tuple[int, int],
     keys: Tensor | None = None,
-    copies: dict[str, Tensor] | None = None,
+    copies: Copies | None = None,
 ) -> Block:
     """Cells of a call, for expressions in fp32 (fp64 where q is); `keys` and `copies` as in `Block`."""
     leaves = {leaf.name: x for leaf, x in zip(inputs.spec.leaves, inputs.leaves, strict=True)}

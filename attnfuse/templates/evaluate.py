@@ -21,7 +21,7 @@ from torch import Tensor
 
 from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Var, free_vars
 from attnfuse.spec import AttentionSpec, Shape
-from attnfuse.templates import diagonals
+from attnfuse.templates import diagonals, tables
 
 Value = Tensor | float  # float stands for int and bool too, as in typing's numeric tower
 
@@ -29,6 +29,7 @@ _DIMS: Final = {"b": 0, "h": 1, "m": 2, "n": 3}
 
 
 Ranges = tuple[tuple[int, int], tuple[int, int], tuple[int, int], tuple[int, int]]
+Copies = dict[str | tuple[str, int], Tensor]
 
 
 class Block:
@@ -37,7 +38,8 @@ class Block:
     Args:
         keys: where not all keys of [n0, n1) are meant, or in another order, those that are, int64.
         rows: the same of [m0, m1).
-        copies: where leaves are kept that are read along diagonals, for all blocks of the call (`diagonals.repeated`).
+        copies: where leaves are kept that are read along diagonals (`diagonals.repeated`), by their names, or as tables
+            (`tables.laid_out`), by name and place of the index, for all blocks of the call.
     """
 
     def __init__(
@@ -49,7 +51,7 @@ class Block:
         dtype: torch.dtype,
         keys: Tensor | None = None,
         rows: Tensor | None = None,
-        copies: dict[str, Tensor] | None = None,
+        copies: Copies | None = None,
     ) -> None:
         self.leaves = leaves
         self.sizes = sizes
@@ -161,7 +163,8 @@ class Evaluator:
                 run = _diagonal(expr.leaf, along.lead)
             elif sliced is None:
                 args = tuple(self._compile(i) for i in expr.indices)
-                run = _gather(expr.leaf, kind)
+                how = tables.lookup(expr) if kind == "float" else None
+                run = _gather(expr.leaf, kind) if how is None else _lookup(expr.leaf, how)
             else:
                 run = _slice(expr.leaf, sliced, kind)
         else:
@@ -230,6 +233,20 @@ def _diagonal(leaf: str, lead: tuple[int, ...]) -> Callable[..., Value]:
         if block.keys is not None:
             found = found.index_select(-1, block.keys - block.ranges[3][0])
         return (found.transpose(0, 1) if lead == (1, 0) else found)[placed]
+
+    return run
+
+
+def _lookup(leaf: str, how: tables.Lookup) -> Callable[..., Value]:
+    def run(block: Block, *indices: Value) -> Value:
+        copies = {} if block.copies is None else block.copies
+        table = copies.get((leaf, how.place))
+        if table is None:
+            table = copies[leaf, how.place] = tables.laid_out(block.leaves[leaf], how, block.dtype)
+        entry = indices[how.place]
+        assert isinstance(entry, Tensor)
+        found = tables.read(table, how, entry, block.ranges)
+        return _read(block, leaf, "float", *indices) if found is None else found
 
     return run
 

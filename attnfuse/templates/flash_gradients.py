@@ -13,7 +13,7 @@ from attnfuse.templates import diagonals
 from attnfuse.templates.affine import constant
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import block_of
-from attnfuse.templates.evaluate import varies
+from attnfuse.templates.evaluate import axes_of, varies
 from attnfuse.templates.launch import Call, described, tiles_of
 from attnfuse.templates.score_function import Limits, functions_for, scale_of
 from attnfuse.templates.tuning import Config
@@ -22,6 +22,8 @@ from attnfuse.templates.work import add_gradient, meaning_of, slopes_of, tensor_
 # Log-sum-exps up to which exp(x - lse) keeps the digits that a type has.
 _LSE_MOST: Final = 2.0**4
 _LSE_MOST_IN_HALF: Final = 2.0**13
+# Rows of which the gradients for each key are in memory before they are added up: a multiple of every tile.
+_SLAB: Final = 256
 
 
 class _Rows(NamedTuple):
@@ -298,11 +300,23 @@ class _Backward:
                 found, before = self._along(facts, count, along, by_load)
                 diagonals.add_tiles(totals[load.leaf], along.lead, found, int(offset) - before)
                 continue
-            grad = self._of_load(facts, count, load, by_load)
-            add_gradient(totals[load.leaf], load, indices, block, grad)
+            whole = {"m", "n"} <= varies(load)
+            # what is added up in a table need not be there for all rows at once
+            height = _SLAB if whole and axes_of(load) is None else shape.M
+            for first in range(0, shape.M, height):
+                rows = first, min(first + height, shape.M)
+                grad = self._of_load(facts, count, load, by_load, rows)
+                part = block if height >= shape.M else block.part((*block.ranges[:2], rows, block.ranges[3]))
+                add_gradient(totals[load.leaf], load, indices, part, grad)
 
-    def _of_load(self, facts: dict[str, Any], count: Tensor | None, load: Load, by_load: Any) -> Tensor:
-        """The gradient of what a load reads, [B or 1, H or 1, M or 1, N or 1]: an axis of 1 is summed over."""
+    def _of_load(
+        self, facts: dict[str, Any], count: Tensor | None, load: Load, by_load: Any, rows: tuple[int, int]
+    ) -> Tensor:
+        """The gradient of what a load reads, [B or 1, H or 1, rows or 1, N or 1]: an axis of 1 is summed over.
+
+        Args:
+            rows: where the load depends on rows and keys, some of the rows, from a multiple of `_SLAB` on; else all of them.
+        """
         call, shape = self.call, self.shape
         axes = varies(load)
         of_keys = "n" in axes
@@ -311,12 +325,12 @@ class _Backward:
         whole = of_rows and of_keys
         batches = shape.B if not whole or "b" in axes else 1
         heads = shape.H if not whole or "h" in axes else 1
-        size = (batches, heads, shape.M if of_rows else 1, shape.N if of_keys else 1)
+        size = (batches, heads, rows[1] - rows[0] if of_rows else 1, shape.N if of_keys else 1)
         grad = torch.empty(size, dtype=torch.float32, device=call.device)
 
         def tiles(config: Config) -> tuple[int, int]:
-            rows = tiles_of(shape.M, config.block_m) if of_rows else 1
-            return rows, tiles_of(shape.N, config.block_n) if of_keys else 1
+            row_tiles = tiles_of(rows[1] - rows[0], config.block_m) if of_rows else 1
+            return row_tiles, tiles_of(shape.N, config.block_n) if of_keys else 1
 
         def programs(config: Config) -> int:
             row_tiles, key_tiles = tiles(config)
@@ -334,6 +348,7 @@ class _Backward:
                 "heads": heads,
                 **dict(zip(("row_tiles", "key_tiles"), tiles(config), strict=True)),
                 "before": 0,
+                "above": rows[0] // config.block_m,
                 "OF_ROWS": of_rows,
                 "OF_KEYS": of_keys,
                 "ALONG": False,
@@ -367,6 +382,7 @@ class _Backward:
                 "row_tiles": 1,
                 "key_tiles": number,
                 "before": before,
+                "above": 0,
                 "OF_ROWS": False,
                 "OF_KEYS": True,
                 "ALONG": True,

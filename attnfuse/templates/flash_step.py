@@ -17,7 +17,9 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfuse.score import loads
 from attnfuse.spec import Shape, parse_spec
+from attnfuse.templates import diagonals
 from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Cotangents, Inputs
@@ -30,6 +32,9 @@ from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
+# Of more rows the kernel makes larger products: where all of them have the same keys, and a bias of their own. As many cells
+# are in memory for each head.
+_ROWS_OF_RECTANGLE: Final = 256
 # Blocks whose keys move on with each row have fewer rows, where each row has no more keys than that: fewer cells that no row
 # needs, against larger products.  Time a row of the kernel on one core, in us, of 32, 64, 128 rows (float32, D 64, 8 heads):
 # 128 keys 5.6, 6.3, 8.0 forward and 18, 13, 16 backward; 512 keys 14.8, 15.6, 17.2 and 57, 47, 44; 2,048 keys 55, 57, 59 and
@@ -41,11 +46,21 @@ _LSE_MOST_IN_HALF: Final = 2**13
 
 
 class _Plan(NamedTuple):
-    """The score as the kernel takes it."""
+    """The score as the kernel takes it.
+
+    Args:
+        copied: whether the bias is read along diagonals, of which there is a copy for each row of a block.
+    """
 
     scale: float
     bias: Evaluator | None
-    bias_by_row: bool
+    bias_by_row: bool = False
+    copied: bool = False
+
+    @property
+    def rows(self) -> int:
+        """Most rows of a block of rows that have the same keys."""
+        return _ROWS_OF_RECTANGLE if self.bias_by_row and not self.copied else _ROWS
 
 
 @lru_cache(maxsize=1024)
@@ -56,8 +71,9 @@ def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     if form is None or scale is None or spec.dropout or not shape.D == shape.Dv > 0:
         return None
     if form.bias is None:
-        return _Plan(scale, None, bias_by_row=False)
-    return _Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias))
+        return _Plan(scale, None)
+    copied = any(diagonals.along(load) is not None for load in loads(form.bias))
+    return _Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias), copied)
 
 
 @cache
@@ -98,9 +114,13 @@ def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     if plan is None or plan.bias is None:
         return plan is not None
     # a row without a key that a fill of `min` makes uniform is not the kernel's, but lse alone does not tell it from others
-    lse = grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1]
+    return _has_digits(grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1], grads.out)
+
+
+def _has_digits(lse: Tensor, out: Tensor) -> bool:
+    """Whether exp(score - lse) keeps the digits of the type of `out`."""
     most = lse.masked_fill(lse == -torch.inf, 0.0).abs().max()
-    return bool(most <= (_LSE_MOST if grads.out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
+    return bool(most <= (_LSE_MOST if out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
 
 
 class _Span(NamedTuple):
@@ -147,8 +167,10 @@ class _Group(NamedTuple):
     may_be_dead: bool = False
 
 
-def _height(segment: Segment, moving: Sequence[tuple[int, int]]) -> int:
+def _height(segment: Segment, plan: _Plan, moving: Sequence[tuple[int, int]]) -> int:
     """Rows of a block of a segment; `moving` says how many where the keys of a row are up to a number."""
+    if not segment.down and not segment.right:
+        return plan.rows
     if segment.exact and segment.down and segment.right:
         return min([_ROWS, *(rows for keys, rows in moving if segment.last - segment.first <= keys)])
     return _ROWS
@@ -360,7 +382,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
-    groups = _groups(work, run, segment, plan, _height(segment, _MOVING_FORWARD))
+    groups = _groups(work, run, segment, plan, _height(segment, plan, _MOVING_FORWARD))
     for (m0, m1), parts, empty, may_be_dead in _alone(groups, run, forward_of_band):
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
@@ -380,17 +402,17 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         ]
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         if may_be_dead and bool((sums == 0).any()):
-            values, sums = _without_the_dead(values, sums, parts)
+            ((_, _, mask),) = parts
+            assert mask is not None
+            values, sums = _without_the_dead(values, sums, mask)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
             yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
 
 
-def _without_the_dead(values: Tensor, sums: Tensor, parts: tuple[_Part, ...]) -> tuple[Tensor, Tensor]:
+def _without_the_dead(values: Tensor, sums: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
     """NaN and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
-    ((_, _, mask),) = parts
-    assert mask is not None
     dead = mask.amax(-1) == -torch.inf
     return values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
 
@@ -421,7 +443,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         if grads.dq is not None:
             band.rows_of(grads.dq[b, h0:h1]).copy_(dq)
 
-    groups = _groups(work, run, segment, plan, _height(segment, _MOVING_BACKWARD))
+    groups = _groups(work, run, segment, plan, _height(segment, plan, _MOVING_BACKWARD))
     for (m0, m1), parts, empty, _ in _alone(groups, run, backward_of_band):
         rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:
@@ -453,6 +475,7 @@ class _Direct(NamedTuple):
     scale: float
     causal: bool
     padded: bool
+    bias: Evaluator | None
 
 
 @lru_cache(maxsize=1024)
@@ -461,14 +484,16 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     mask = mask_of(text)
     plan = _plan(text, shape, sizes)
     free = not (mask.starts or mask.ends or mask.by_batch) and mask.from_indices
-    if plan is None or plan.bias is not None or not free or 0 in shape or parse_spec(text).program.sink is not None:
+    if plan is None or not free or 0 in shape or parse_spec(text).program.sink is not None:
+        return None
+    if plan.bias is not None and shape.M > plan.rows:
         return None
     segments, _ = index_rows(text, shape, sizes, 0, shape.N)
     spans = _spans(segments[0], plan.scale)
     if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
         return None
     (n0, n1, causal) = spans[0]
-    return _Direct(plan.scale, causal, bool(mask.padding)) if n0 == 0 and (causal or n1 == shape.N) else None
+    return _Direct(plan.scale, causal, bool(mask.padding), plan.bias) if n0 == 0 and (causal or n1 == shape.N) else None
 
 
 def _serves(inputs: Inputs) -> _Direct | None:
@@ -489,8 +514,21 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     if found is None:
         return None
     q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
-    out, lse = _FORWARD(q, k, v, 0.0, found.causal, scale=found.scale)
+    bias = _bias_of(inputs, found)
+    out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=bias, scale=found.scale)
+    if bias is not None and bool((lse == 0).any()):
+        out, lse = _without_the_dead(out, lse, bias)
     return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
+
+
+def _bias_of(inputs: Inputs, found: _Direct) -> Tensor | None:
+    """The bias of all cells."""
+    if found.bias is None:
+        return None
+    B, H, _, M, N, _, _ = inputs.shape
+    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
+    value = found.bias(block_of(inputs, (0, B), (0, H), (0, M), (0, N)))[0]
+    return tensor_of(value, dtype).expand(B, H, M, N)
 
 
 def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
@@ -498,10 +536,11 @@ def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | No
     if cotangents.dlse is not None or cotangents.dout is None or any(cotangents.needs[3:]):
         return None
     found = _serves(inputs)
-    if found is None:
+    if found is None or (found.bias is not None and not _has_digits(cotangents.lse, cotangents.out)):
         return None
     given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
-    grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, scale=found.scale)
+    bias = _bias_of(inputs, found)
+    grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, attn_mask=bias, scale=found.scale)
     return [
         laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
     ]

@@ -11,11 +11,11 @@ from torch import Tensor
 
 from attnfuse.score import Expr, Load, S, derivative, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
-from attnfuse.templates import diagonals, dropout
+from attnfuse.templates import diagonals, dropout, tables
 from attnfuse.templates.affine import constant, where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Mask, block_of, mask_of
-from attnfuse.templates.evaluate import Block, Evaluator, Value, axes_of, clamped, named_sizes
+from attnfuse.templates.evaluate import Block, Copies, Evaluator, Value, axes_of, clamped, named_sizes
 
 # Scores of a block: what keeps it and its temporaries in the caches of one or two cores.
 BLOCK_CELLS: Final = 1 << 20
@@ -91,7 +91,7 @@ class Work:
         self.dtype = torch.promote_types(inputs.q.dtype, torch.float32)
         self.dropout = inputs.spec.dropout
         self.fills = frozenset(tier.fill for tier in inputs.spec.program.tiers)
-        self._copies: dict[str, Tensor] = {}
+        self._copies: Copies = {}
         self._k: Tensor | None = None
         self._v: Tensor | None = None
         self._sink: Tensor | None = None
@@ -230,6 +230,7 @@ class Gradients:
         body = {load.leaf for load in loads(inputs.spec.program.body)}
         self.from_body = self.wanted & body
         self._copies: dict[str, Tensor] = {}
+        self._tables: dict[tuple[str, tables.Lookup], Tensor] = {}
         self._delta: Tensor | None = None
         self._row_lse: Tensor | None = None
 
@@ -265,6 +266,13 @@ class Gradients:
             copies = self._copies[load.leaf]
             if diagonals.add(copies, along.lead, block.ranges, int(offset), grad, block.keys):
                 return
+        how = tables.lookup(load)
+        if how is not None:
+            if (load.leaf, how) not in self._tables:
+                self._tables[load.leaf, how] = tables.laid_out(torch.zeros_like(total), how, total.dtype)
+            entry = indices(block)[how.place]
+            if isinstance(entry, Tensor) and tables.add(self._tables[load.leaf, how], how, entry, block.ranges, grad):
+                return
         add_gradient(total, load, indices, block, grad)
 
     def finish_sink(self) -> None:
@@ -287,6 +295,9 @@ class Gradients:
         for name, copies in self._copies.items():
             self.leaves[name] += copies.sum(-2)
         self._copies.clear()
+        for (name, how), table in self._tables.items():
+            self.leaves[name] += tables.given_back(table, how)
+        self._tables.clear()
         out = [] if self.dq is None else [self.dq]
         for total, x in ((self.dk, inputs.k), (self.dv, inputs.v)):
             if total is not None:

@@ -12,9 +12,11 @@ from torch import Tensor
 from triton.runtime.errors import OutOfResources
 
 from attnfuse.reference import attention as reference
+from attnfuse.score import Load
 from attnfuse.spec import Shape
-from attnfuse.templates import dropout, launch, score_function, tuning
+from attnfuse.templates import dropout, flash_gradients, launch, score_function, tuning
 from attnfuse.templates.base import Cotangents, Inputs, Kernel
+from attnfuse.templates.evaluate import Block
 from attnfuse.templates.flash import Decode, Flash
 from attnfuse.templates.kernels import backward, empty_rows, forward
 from attnfuse.templates.tuning import Config
@@ -72,6 +74,24 @@ def test_tiles_of_other_shapes(name: str, size: tuple[int, int], monkeypatch: py
     for shape in (Shape(2, 4, 2, 100, 100, 16, 16), Shape(1, 2, 1, 70, 130, 32, 16)):
         hold_to_oracle(made(text, shape, leaves(shape)))
     tuning.configs.cache_clear()
+
+
+@pytest.mark.parametrize("name", ["two dimensions", "table by batch"])
+def test_gradients_of_tables_in_slabs_of_rows(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are added up in the table before those of the next rows are computed."""
+    monkeypatch.setattr(flash_gradients, "_SLAB", 64)
+    made_of: list[tuple[int, ...]] = []
+    add = flash_gradients.add_gradient
+
+    def added(total: Tensor, load: Load, indices: object, block: Block, grad: Tensor) -> None:
+        made_of.append(tuple(grad.shape))
+        add(total, load, indices, block, grad)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(flash_gradients, "add_gradient", added)
+    text, leaves = FAMILIES[name]
+    shape = Shape(2, 2, 1, 150, 150, 16, 16)
+    hold_to_oracle(made(text, shape, leaves(shape)))
+    assert [size[2] for size in made_of] == [64, 64, 22] * (1 if name == "two dimensions" else 2)
 
 
 @pytest.mark.parametrize("depth", [(1, 1), (5, 3), (20, 40), (64, 64), (80, 80), (128, 96), (256, 256)], ids=str)

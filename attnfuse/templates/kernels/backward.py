@@ -655,7 +655,7 @@ def gradient_of_queries(
     store_tile(Dq, b, h, m1, row < M, DQS, dq * FACTOR, D, BLOCK_D)
 
 
-@triton.jit(do_not_specialize=["batches", "heads", "row_tiles", "key_tiles", "before"])
+@triton.jit(do_not_specialize=["batches", "heads", "row_tiles", "key_tiles", "before", "above"])
 def gradient_of_leaf(
     Q,
     K,
@@ -679,6 +679,7 @@ def gradient_of_leaf(
     row_tiles,
     key_tiles,
     before,
+    above,
     SCALE: tl.constexpr,
     SCORE: tl.constexpr,
     BY_LOAD: tl.constexpr,
@@ -707,11 +708,12 @@ def gradient_of_leaf(
         OF_ROWS, OF_KEYS: whether the gradient has an entry for each row, each key.
         ALONG: whether each program has a tile of its own instead, for the cells that a step to the next row and key leads from one
             to the other; then `key_tiles` counts them, and of the first row tile's keys the tile number `before` is the first one.
+        above: of a gradient of some of the rows, how many tiles of rows lie before it.
     """
     B, H, Hkv, M, N = Z[0], Z[1], Z[2], Z[3], Z[4]
     program = tl.program_id(0)
     own_keys, program = program % key_tiles, program // key_tiles
-    own_rows, program = program % row_tiles, program // row_tiles
+    own_rows, program = program % row_tiles + above, program // row_tiles
     own_head, own_batch = program % heads, program // heads
     seed = 0
     if THRESHOLD is not None:
@@ -788,7 +790,8 @@ def gradient_of_leaf(
         cols = tl.arange(0, BLOCK_N)
         tl.store(Grad + tl.cast(rows, tl.int64)[:, None] * GS[2] + cols[None, :] * GS[3], total)
     elif OF_ROWS and OF_KEYS:
-        at = Grad + tl.cast(rows, tl.int64)[:, None] * GS[2] + cols[None, :] * GS[3]
+        own = tl.cast(rows - above * BLOCK_M, tl.int64)
+        at = Grad + own[:, None] * GS[2] + cols[None, :] * GS[3]
         tl.store(at, total, mask=(rows < M)[:, None] & (cols < N)[None, :])
     elif OF_ROWS:
         tl.store(Grad + tl.cast(rows, tl.int64) * GS[2], tl.sum(total, 1), mask=rows < M)
