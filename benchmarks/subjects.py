@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar, NamedTuple
@@ -178,6 +179,30 @@ def attention_call(backend: str | None, tensors: Sequence[Tensor]) -> Callable[[
 def bare_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
     """`attention` of N keys."""
     return attention_call(backend, attention_inputs(N, dtype, training=training))
+
+
+def beit_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
+    """One layer of a BEiT, 8 heads, its image a square of about N patches; where it trains, the gradients of parameters too."""
+    from transformers import BeitConfig, BeitModel
+
+    torch.manual_seed(0)
+    side = math.isqrt(N)
+    sizes = {"hidden_size": 512, "intermediate_size": 512, "num_hidden_layers": 1, "num_attention_heads": 8}
+    config = BeitConfig(image_size=4 * side, patch_size=4, use_relative_position_bias=True, drop_path_rate=0.0, **sizes)
+    config._attn_implementation = "eager"
+    model = BeitModel(config).to(dtype).train(training)
+    call = model if backend is None else torch.compile(model, backend=backend, dynamic=False)
+    pixels = torch.randn(1, 3, 4 * side, 4 * side, generator=torch.Generator().manual_seed(1)).to(dtype)
+
+    def run() -> Tensor:
+        model.zero_grad()
+        with torch.set_grad_enabled(training):
+            out: Tensor = call(pixels).last_hidden_state
+        if training:
+            out.square().mean().backward()
+        return out.detach()
+
+    return run
 
 
 def t5_call(backend: str | None, N: int, dtype: torch.dtype, training: bool) -> Callable[[], Tensor]:
