@@ -1,5 +1,6 @@
 """Blocks of rows that are alike go through the library's kernel together: results, gradients, how often it is called."""
 
+from collections import Counter
 from collections.abc import Iterator
 from typing import Any
 
@@ -79,6 +80,28 @@ def test_blocks_that_are_alike_are_one_call(name: str, calls: list[tuple[int, ..
     rows = sum(size[0] * size[2] for size in calls)
     assert rows == 1024
     assert len(calls) <= 12, calls
+
+
+def test_blocks_have_whole_vectors_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where that many keys lie before those that are needed, and the batch's interval of keys goes as far."""
+    rows: Counter[int] = Counter()
+    kernel = flash_step._FORWARD
+
+    def run(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
+        rows[k.shape[2]] += q.shape[0] * q.shape[2]
+        return kernel(q, k, *args, **kwargs)
+
+    monkeypatch.setattr(flash_step, "_FORWARD", run)
+    padded = "s*0.125 where n <= m & n > m - 200 & pad[b, n] else =min"
+    for text, leaves in (("s*0.125 where n <= m & n > m - 200 else -inf", ()), (f"pad: bool[:, :]; {padded}", None)):
+        shape = Shape(2, 2, 2, 1024, 1024, 16, 16)
+        pad = torch.arange(1024) >= torch.tensor([[0], [501]])
+        rows.clear()
+        call = made(text, shape, (pad,) if leaves is None else leaves)
+        call.run()
+        # but for the first blocks of a sequence
+        assert sum(count for size, count in rows.items() if size % 16 == 0) > 0.8 * rows.total()
+        hold_to_oracle(call)
 
 
 def test_batches_go_through_one_call_where_they_are_more_than_the_blocks(calls: list[tuple[int, ...]]) -> None:

@@ -88,6 +88,28 @@ def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.Monkey
         hold_to_oracle(call)
 
 
+@pytest.mark.parametrize("fast", [True, False])
+def test_a_type_that_the_kernel_is_slow_in(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
+    """Operands are converted, in bands of blocks and in one piece, and results are those of the type."""
+    types: set[torch.dtype] = set()
+
+    def seeing(kernel: Callable[..., Any]) -> Callable[..., Any]:
+        def run(*args: Any, **kwargs: Any) -> Any:
+            types.update(x.dtype for x in args[: 4 if kernel is backward else 3] if isinstance(x, Tensor))
+            return kernel(*args, **kwargs)
+
+        return run
+
+    backward = flash_step._BACKWARD
+    monkeypatch.setattr(flash_step, "_FORWARD", seeing(flash_step._FORWARD))
+    monkeypatch.setattr(flash_step, "_BACKWARD", seeing(backward))
+    monkeypatch.setattr(flash_step, "_is_slow_in", lambda dtype: dtype == torch.float16 and not fast)
+    for text in ("s*0.125", "s*0.125 where n <= m & n > m - 60 else -inf", "s*0.125 + 0.25*m where n < m else =min"):
+        types.clear()
+        hold_to_oracle(made(text, Shape(2, 4, 2, 400, 400, 16, 16), (), torch.float16))
+        assert types == {torch.float16 if fast else torch.float32}
+
+
 def test_sizes_of_the_call() -> None:
     shape = SHAPES["short"]
     hold_to_oracle(made("s*0.125 where n <= m + i0 & n > m + i0 - i1 else -inf", shape, sizes=(30, 20)))
