@@ -31,6 +31,7 @@ from tests.families import (
     scattered,
     values_of,
 )
+from tests.numerics import assert_close
 from tests.strategies import Case, cases
 
 
@@ -61,6 +62,54 @@ def test_biases_of_more_rows_than_a_block(name: str, dtype: torch.dtype) -> None
     text, leaves = FAMILIES[name]
     shape = Shape(2, 4, 2, 300, 270, 16, 16)
     hold_to_oracle(made(text, shape, leaves(shape), dtype))
+
+
+@pytest.mark.parametrize("rows", [100, 200, 256, 300])
+@pytest.mark.parametrize("bias", ["bias[m, n]", "bias[h, n]", "bias[b, h, m, n]"])
+def test_rows_without_a_finite_score_below_a_diagonal(bias: str, rows: int) -> None:
+    """NaN, whatever the bias above it is."""
+    axes = bias.removeprefix("bias[").rstrip("]").split(", ")
+    size = {"b": 2, "h": 4, "m": rows, "n": rows}
+    x = floats(*(size[axis] for axis in axes))
+    x[..., :6] = -torch.inf
+    text = f"bias: f32[{', '.join(':' for _ in axes)}]; s*0.125 + {bias} where n <= m else -inf"
+    call = made(text, Shape(2, 4, 2, rows, rows, 16, 16), (x,))
+    out, lse = call.run()
+    assert out[:, :, :6].isnan().all()
+    assert (lse[:, :, :6] == -torch.inf).all()
+    exact, original = (
+        reference(call.spec, call.q, call.k, call.v, call.leaves, dtype=dtype)[0][:, :, 6:]
+        for dtype in (torch.float64, torch.float32)
+    )
+    assert_close(out[:, :, 6:], original, exact)
+    (dq,) = torch.autograd.grad(out.sum(), call.q)
+    assert dq[:, :, :6].isnan().all()
+    assert dq[:, :, 6:].isfinite().all()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("share", [0.0, 0.5], ids=["dense", "sparse"])
+@pytest.mark.parametrize("tier", ["", " where bias[b, m, n] != -inf else 0row"])
+def test_a_bias_that_is_given_for_all_cells(
+    tier: str, share: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One call of the library's kernel, unless its -inf leave out whole tiles; larger than the call, and with rows of -inf."""
+    calls: list[int] = []
+    kernel = flash_step._FORWARD
+
+    def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
+        calls.append(q.shape[2])
+        return kernel(q, *args, **kwargs)
+
+    monkeypatch.setattr(flash_step, "_FORWARD", run)
+    x = floats(2, 700, 720)
+    x[:, :, int(640 * (1 - share)) : 640] = -torch.inf
+    x[1, 40] = -torch.inf
+    call = made(f"bias: f32[:, :, :]; s*0.125 + bias[b, m, n]{tier}", Shape(2, 4, 2, 650, 640, 16, 16), (x,), dtype)
+    call.run()
+    assert (calls == [650]) == (not tier or not share)
+    torch.autograd.grad(call.run()[0].nan_to_num().sum(), (call.q, call.k, call.v))
+    hold_to_oracle(call)
 
 
 def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -159,6 +159,66 @@ def test_other_biases_are_read_for_each_row_and_key(fn: Callable[..., Tensor]) -
     assert "m, n]" in str(remark.score)
 
 
+def sparse(q: Tensor, k: Tensor, v: Tensor, table: Tensor, pad: Tensor) -> Tensor:
+    return attention(q, k, v, embedding(IDS, table, sparse=True).permute(2, 0, 1))
+
+
+def test_a_gradient_that_is_sparse() -> None:
+    q, k, v, pad = operands()
+    table = randn(ENTRIES, H, seed=9).requires_grad_()
+    (remark,) = report_of(sparse, q, k, v, table, pad).remarks
+    assert remark.score == "s*0.5 + bias[h, m, n]"
+    sparse(q, k, v, table, pad).sum().backward()
+    expected = table.grad
+    table.grad = None
+    torch._dynamo.reset()
+    torch.compile(sparse, backend="attnfuse", options={"downstream": "aot_eager"})(q, k, v, table, pad).sum().backward()
+    assert table.grad is not None
+    assert expected is not None
+    assert table.grad.is_sparse == expected.is_sparse is True
+
+
+def of_a_copy_whose_source_changes(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    out = attention(q, k, v, table[(ids * 2) // 2].permute(2, 0, 1))
+    ids.add_(1)
+    return out
+
+
+def of_what_was_written_to(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    return attention(q, k, v, table[ids.add_(1).clamp_(max=ENTRIES - 1)].permute(2, 0, 1))
+
+
+@pytest.mark.parametrize("fn", [of_a_copy_whose_source_changes, of_what_was_written_to], ids=lambda fn: fn.__name__)
+def test_entries_of_an_input_that_is_written_to(fn: Callable[..., Tensor]) -> None:
+    """The gathered tensor is read, and the attention is fused."""
+    q, k, v, _ = operands()
+    (remark,) = check(fn, q, k, v, randn(ENTRIES, H, seed=9), IDS.clone(), gradients=False).remarks
+    assert remark.score == "s*0.5 + bias[h, m, n]"
+
+
+def test_a_choice_that_sizes_make_is_no_index_of_cells() -> None:
+    """`where(M < 90, ids[m, n], 0)` is a number for a greater M."""
+
+    def chosen(q: Tensor, k: Tensor, v: Tensor, table: Tensor) -> Tensor:
+        M = q.shape[2]
+        ids = (torch.arange(M)[:, None] * 3 + torch.arange(M)) % ENTRIES
+        return attention(q, k, v, table[torch.where(torch.full((), M) < 90, ids, 0)].permute(2, 0, 1))
+
+    module = torch.compile(chosen, backend="attnfuse", dynamic=True, options={"downstream": "aot_eager"})
+    torch._dynamo.reset()
+    table = randn(ENTRIES, H, seed=9).requires_grad_()
+    for length in (80, 110):
+        q, k, v = (randn(1, H, length, D, seed=at) for at in range(3))
+        exact = chosen(q.double(), k.double(), v.double(), table.double())
+        assert_close(module(q, k, v, table), chosen(q, k, v, table), exact)
+
+
+def test_frozen_tables_may_be_masks() -> None:
+    q, k, v, pad = operands()
+    (remark,) = report_of(Learned(flat, randn(ENTRIES, H, seed=9), frozen=True), q, k, v, pad).remarks
+    assert remark.score == "s*0.5 + bias[h, m, n]"
+
+
 def test_entries_that_are_written_to_later() -> None:
     """Without gradients, for which eager keeps the entries and refuses others."""
     q, k, v, pad = operands()
@@ -178,7 +238,7 @@ def test_entries_are_no_mask_from_outside() -> None:
     def given(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
         return attention(q, k, v, table[ids].permute(2, 0, 1))
 
-    report = report_of(given, *operands()[:3], randn(ENTRIES, H, seed=9), IDS)
+    report = report_of(given, *operands()[:3], randn(ENTRIES, H, seed=9).requires_grad_(), IDS)
     (remark,) = report.remarks
     assert "ids[m, n]" in str(remark.score)
     assert "AF050" not in str(report)

@@ -197,8 +197,8 @@ class _Search:
             return [(source, order[rows], order[keys])]
         if name == "embedding":
             # the gradient would be divided by how often a row is read
-            if args.get("scale_grad_by_freq"):
-                raise Unliftable("a gradient that is not the sum over the rows read")
+            if args.get("scale_grad_by_freq") or args.get("sparse"):
+                raise Unliftable("a gradient that is not the sum over the rows read, or sparse")
             return self._gathered(args["weight"], args["indices"], 0, rows, keys)
         if name == "index":
             chosen = [(dim, x) for dim, x in enumerate(args["indices"]) if x is not None]

@@ -17,14 +17,14 @@ from attnfuse.passes.graph import bound, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Unliftable, same
 from attnfuse.passes.rules import is_natural
 from attnfuse.passes.views import cuts_gradient
-from attnfuse.score import Const, Expr, Load, call, free_vars
+from attnfuse.score import Const, Expr, Load, call, free_vars, loads
 
 if TYPE_CHECKING:
-    from attnfuse.passes.lift import Lifter
+    from attnfuse.passes.lift import Lifter, Scope
 
 __all__ = ["gathered"]
 
-# A tensor of fewer elements is no memory to speak of, and a graph that makes it once is as fast.
+# A tensor of fewer elements is no memory to speak of, and a graph that makes it once is as fast. Symbolic sizes may be large.
 _SMALL: Final = 1 << 16
 
 
@@ -39,8 +39,8 @@ def gathered(lifter: Lifter, node: fx.Node, index: Sequence[Index]) -> Expr | No
     storage = lifter.scope.storage
     if node not in storage.position or storage.writes(node) or storage.writes(table):
         return None
-    # entries are numbers alone, which stay what they are once they are read
-    if any(at > storage.position[node] for at in storage.writes(chosen)):
+    # where nobody learns it, the bias may be a mask, which is read more than once
+    if not lifter.scope.may_require_grad(table):
         return None
     after = dim + len(shape(chosen))
     size = shape(table)[dim]
@@ -57,7 +57,16 @@ def gathered(lifter: Lifter, node: fx.Node, index: Sequence[Index]) -> Expr | No
         element = lifter.lift(table, (*index[:dim], () if same(size, 1) else (Digit(where, size),), *index[after:]))
     except Unliftable:
         return None
-    return element if isinstance(element, Load) else None
+    sources = [lifter.scope.table.leaves[load.leaf] for load in loads(element)]
+    settled = all(_is_settled(lifter, source.scope, x, node) for source in sources for x in source.given)
+    return element if isinstance(element, Load) and settled else None
+
+
+def _is_settled(lifter: Lifter, scope: Scope, source: fx.Node, node: fx.Node) -> bool:
+    """Whether what is read at the attention is what the gather reads: nobody writes to it, or somebody to a fresh tensor before."""
+    writes = scope.storage.writes(source)
+    fresh = scope is lifter.scope and scope.storage.root(source).op == "call_function"
+    return not writes or (fresh and max(writes) < scope.storage.position[node])
 
 
 def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
@@ -67,8 +76,8 @@ def _operands(node: fx.Node) -> tuple[fx.Node, fx.Node, int] | None:
         return None
     args = bound(node)
     if name == "embedding":
-        # else the gradient is not the sum over the elements read
-        plain = args.get("padding_idx", -1) < 0 and not args.get("scale_grad_by_freq")
+        # else the gradient is not the sum over the elements read, or a sparse tensor
+        plain = args.get("padding_idx", -1) < 0 and not args.get("scale_grad_by_freq") and not args.get("sparse")
         return (args["weight"], args["indices"], 0) if plain else None
     if name == "index_select":
         return args["self"], args["index"], args["dim"] % len(shape(args["self"]))

@@ -265,7 +265,7 @@ class Lifter:
         return torch.finfo(dtype).max if dtype.is_floating_point else 0.0
 
     def leaf(self, node: fx.Node, index: Sequence[Index]) -> Expr:
-        """A load of the node itself."""
+        """A load of the node itself, or where it has an element for each row and key, of what those are read from."""
         if fake(node).dtype not in SHORT_DTYPES:
             raise Unliftable(f"a tensor of {fake(node).dtype}")
         dims = tuple(at for at, dim in enumerate(index) if dim)

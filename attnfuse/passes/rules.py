@@ -652,8 +652,8 @@ def _rows(at: At) -> Expr:
     rank = len(shape(chosen))
     if not rank:
         raise Unliftable("one row")
-    if args.get("padding_idx", -1) >= 0 or args.get("scale_grad_by_freq"):
-        raise Unliftable("a gradient that is not the sum over the rows read")
+    if args.get("padding_idx", -1) >= 0 or args.get("scale_grad_by_freq") or args.get("sparse"):
+        raise Unliftable("a gradient that is not the sum over the rows read, or sparse")
     where = at.operand(chosen, at.index[dim : dim + rank])
     if loads(where) and {"m", "n"} <= free_vars(where):
         raise Unliftable("a gather by data over queries and keys")

@@ -244,8 +244,7 @@ def _lookup(leaf: str, how: tables.Lookup) -> Callable[..., Value]:
         if table is None:
             table = copies[leaf, how.place] = tables.laid_out(block.leaves[leaf], how, block.dtype)
         entry = indices[how.place]
-        assert isinstance(entry, Tensor)
-        found = tables.read(table, how, entry, block.ranges)
+        found = tables.read(table, how, entry, block.ranges) if isinstance(entry, Tensor) else None
         return _read(block, leaf, "float", *indices) if found is None else found
 
     return run

@@ -329,6 +329,7 @@ class _Backward:
         grad = torch.empty(size, dtype=torch.float32, device=call.device)
 
         def tiles(config: Config) -> tuple[int, int]:
+            assert rows[0] % config.block_m == 0, config
             row_tiles = tiles_of(rows[1] - rows[0], config.block_m) if of_rows else 1
             return row_tiles, tiles_of(shape.N, config.block_n) if of_keys else 1
 

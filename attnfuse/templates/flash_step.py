@@ -8,6 +8,7 @@ log-sum-exps: no mask is needed.  Other rows go block by block under a small add
 
 from __future__ import annotations
 
+import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import cache, lru_cache, reduce
@@ -17,23 +18,25 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from attnfuse.score import loads
-from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import diagonals
+from attnfuse.score import Call, Const, Load, Tier, loads
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.templates import diagonals, tile_lists
 from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
-from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
+from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
 from attnfuse.templates.keys import Keys
 from attnfuse.templates.plain_step import Rows
+from attnfuse.templates.tile_lists import classes_of
+from attnfuse.templates.tile_map import EMPTY, classes
 from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
 
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
-# Of more rows the kernel makes larger products: where all of them have the same keys, and a bias of their own. As many cells
-# are in memory for each head.
+# The same where the rows of a block have the same keys, and no mask leaves out tiles of them: the kernel makes larger products of
+# more rows. A mask or bias of that many rows is in memory, for each head that has its own.
 _ROWS_OF_RECTANGLE: Final = 256
 # Blocks whose keys move on with each row have fewer rows, where each row has no more keys than that: fewer cells that no row
 # needs, against larger products.  Time a row of the kernel on one core, in us, of 32, 64, 128 rows (float32, D 64, 8 heads):
@@ -44,6 +47,8 @@ _MOVING_BACKWARD: Final = ((256, 64),)
 # Keys of which the kernel's products are whole vectors: blocks of 543 take 4 to 5 % longer than blocks of 544.
 _VECTOR: Final = 16
 _FEWEST: Final = 128
+# Up to this share of empty tiles, one call under a mask that is in memory takes no longer than blocks that leave them out.
+_EMPTY_SHARE: Final = 1 / 16
 _LSE_MOST: Final = 2**8
 _LSE_MOST_IN_HALF: Final = 2**13
 
@@ -182,13 +187,19 @@ class _Group(NamedTuple):
     may_be_dead: bool = False
 
 
-def _height(segment: Segment, plan: _Plan, moving: Sequence[tuple[int, int]]) -> int:
+def _height(run: Run, segment: Segment, plan: _Plan, moving: Sequence[tuple[int, int]]) -> int:
     """Rows of a block of a segment; `moving` says how many where the keys of a row are up to a number."""
     if not segment.down and not segment.right:
-        return plan.rows
+        classes = run.rows.classes
+        dense = classes is not None and _share_of_empty(classes) <= _EMPTY_SHARE
+        return _ROWS_OF_RECTANGLE if dense and not plan.copied else plan.rows
     if segment.exact and segment.down and segment.right:
         return min([_ROWS, *(rows for keys, rows in moving if segment.last - segment.first <= keys)])
     return _ROWS
+
+
+def _share_of_empty(classes: Tensor) -> float:
+    return float((classes == EMPTY).sum()) / max(classes.numel(), 1)
 
 
 def _groups(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) -> Iterator[_Group | Band]:
@@ -415,7 +426,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
-    groups = _groups(work, run, segment, plan, _height(segment, plan, _MOVING_FORWARD))
+    groups = _groups(work, run, segment, plan, _height(run, segment, plan, _MOVING_FORWARD))
     for (m0, m1), parts, empty, may_be_dead in _alone(groups, run, forward_of_band):
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
@@ -435,19 +446,24 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         ]
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         if may_be_dead and bool((sums == 0).any()):
-            ((_, _, mask),) = parts
+            ((_, causal, mask),) = parts
             assert mask is not None
-            values, sums = _without_the_dead(values, sums, mask)
+            values, sums = _without_the_dead(values, sums, mask, causal=causal)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
             yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
 
 
-def _without_the_dead(values: Tensor, sums: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
-    """NaN and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
+def _without_the_dead(
+    values: Tensor, sums: Tensor, mask: Tensor, *, causal: bool, value: float = torch.nan
+) -> tuple[Tensor, Tensor]:
+    """NaN, or `value`, and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
+    if causal:
+        visible = torch.ones((values.shape[-2], mask.shape[-1]), dtype=torch.bool).tril_()
+        mask = torch.where(visible, mask, -torch.inf)
     dead = mask.amax(-1) == -torch.inf
-    return values.masked_fill(dead[..., None], torch.nan), sums.masked_fill(dead, -torch.inf)
+    return values.masked_fill(dead[..., None], value), sums.masked_fill(dead, -torch.inf)
 
 
 def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -480,7 +496,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         if grads.dq is not None:
             band.rows_of(grads.dq[b, h0:h1]).copy_(dq)
 
-    groups = _groups(work, run, segment, plan, _height(segment, plan, _MOVING_BACKWARD))
+    groups = _groups(work, run, segment, plan, _height(run, segment, plan, _MOVING_BACKWARD))
     for (m0, m1), parts, empty, _ in _alone(groups, run, backward_of_band):
         rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:
@@ -507,21 +523,34 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
 
 
 class _Direct(NamedTuple):
-    """One call of the kernel; `padded`: only where the conditions on (b, n) hold for every key."""
+    """One call of the kernel.
+
+    Args:
+        padded: only where the conditions on (b, n) hold for every key.
+        given: which leaf is the bias as it stands, and its axes.
+        ends: whether -inf in that leaf is the mask, and rows of nothing else are zeros.
+    """
 
     scale: float
     causal: bool
     padded: bool
     bias: Evaluator | None
+    given: tuple[int, tuple[int, ...]] | None = None
+    ends: bool = False
 
 
 @lru_cache(maxsize=1024)
 def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     """How one call of the kernel serves calls of these sizes, if it does."""
+    spec = parse_spec(text)
     mask = mask_of(text)
     plan = _plan(text, shape, sizes)
-    free = not (mask.starts or mask.ends or mask.by_batch) and mask.from_indices
-    if plan is None or not free or 0 in shape or parse_spec(text).program.sink is not None:
+    if plan is None or 0 in shape or spec.program.sink is not None:
+        return None
+    given = _given(spec)
+    if given is not None and (not spec.program.tiers or _is_mask(spec)):
+        return _Direct(plan.scale, False, False, plan.bias, given, ends=bool(spec.program.tiers))
+    if mask.starts or mask.ends or mask.by_batch or not mask.from_indices:
         return None
     if plan.bias is not None and shape.M > plan.rows:
         return None
@@ -530,19 +559,72 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
         return None
     (n0, n1, causal) = spans[0]
-    return _Direct(plan.scale, causal, bool(mask.padding), plan.bias) if n0 == 0 and (causal or n1 == shape.N) else None
+    if n0 != 0 or not (causal or n1 == shape.N):
+        return None
+    return _Direct(plan.scale, causal, bool(mask.padding), plan.bias)
 
 
-def _serves(inputs: Inputs) -> _Direct | None:
+def _given(spec: AttentionSpec) -> tuple[int, tuple[int, ...]] | None:
+    """The leaf that is the bias of each row and key, and its axes."""
+    form = affine(where_allowed(spec.program))
+    if form is None or not isinstance(form.bias, Load):
+        return None
+    axes = axes_of(form.bias)
+    if axes is None or not {2, 3} <= {*axes} or list(axes) != sorted(axes):
+        return None
+    return [leaf.name for leaf in spec.leaves].index(form.bias.leaf), axes
+
+
+def _is_mask(spec: AttentionSpec) -> bool:
+    """Whether the only mask is -inf in the bias, as `scaled_dot_product_attention` has it."""
+    form = affine(where_allowed(spec.program))
+    assert form is not None
+    assert form.bias is not None
+    return spec.program.tiers == (Tier(Call("ne", (form.bias, Const(-math.inf))), "0row"),)
+
+
+class _Whole(NamedTuple):
+    """The arguments of one call of the kernel, and what rows get in which every score is -inf."""
+
+    scale: float
+    causal: bool
+    mask: Tensor | None
+    dead: float
+
+
+def _serves(inputs: Inputs) -> _Whole | None:
     found = _direct(inputs.text, inputs.shape, inputs.sizes)
     if found is None or not _fits(inputs) or _is_slow_in(inputs.q.dtype):
         return None
+    B, H, _, M, N, _, _ = inputs.shape
+    cells = (0, B), (0, H), (0, M), (0, N)
+    if found.given is not None:
+        at, axes = found.given
+        mask = inputs.leaves[at]
+        if mask.dtype not in (inputs.q.dtype, torch.float32) or any(
+            size < cells[axis][1] for size, axis in zip(mask.shape, axes, strict=True)
+        ):
+            return None
+        for place, axis in enumerate(axes):
+            mask = mask.narrow(place, 0, cells[axis][1])
+        if found.ends and tile_lists.worth_a_map(M, N):
+            # a mask that leaves out whole tiles is faster block by block
+            tiles = tile_lists.TILES
+            known = inputs.tiles[0] if inputs.tiles else None
+            kinds = classes(inputs.text, block_of(inputs, *cells), tiles) if known is None else classes_of(known)
+            if _share_of_empty(kinds) > _EMPTY_SHARE:
+                return None
+        mask = mask[tuple(slice(None) if axis in axes else None for axis in range(4))].expand(B, H, M, N)
+        return _Whole(found.scale, False, mask, 0.0 if found.ends else torch.nan)
     if found.padded:
-        block = block_of(inputs, (0, inputs.shape.B), (0, 1), (0, 1), (0, inputs.shape.N))
-        for value in mask_of(inputs.text).padding_of(block):
+        for value in mask_of(inputs.text).padding_of(block_of(inputs, cells[0], (0, 1), (0, 1), cells[3])):
             if not (bool(value.all()) if isinstance(value, Tensor) else value):
                 return None
-    return found
+    if found.bias is None:
+        return _Whole(found.scale, found.causal, None, torch.nan)
+    value = found.bias(block_of(inputs, *cells))[0]
+    bias = tensor_of(value, torch.promote_types(inputs.q.dtype, torch.float32)).expand(B, H, M, N)
+    return _Whole(found.scale, found.causal, bias, torch.nan)
 
 
 def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
@@ -551,21 +633,10 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     if found is None:
         return None
     q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
-    bias = _bias_of(inputs, found)
-    out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=bias, scale=found.scale)
-    if bias is not None and bool((lse == 0).any()):
-        out, lse = _without_the_dead(out, lse, bias)
+    out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
+    if found.mask is not None and bool((lse == 0).any()):
+        out, lse = _without_the_dead(out, lse, found.mask, causal=found.causal, value=found.dead)
     return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
-
-
-def _bias_of(inputs: Inputs, found: _Direct) -> Tensor | None:
-    """The bias of all cells."""
-    if found.bias is None:
-        return None
-    B, H, _, M, N, _, _ = inputs.shape
-    dtype = torch.promote_types(inputs.q.dtype, torch.float32)
-    value = found.bias(block_of(inputs, (0, B), (0, H), (0, M), (0, N)))[0]
-    return tensor_of(value, dtype).expand(B, H, M, N)
 
 
 def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
@@ -573,11 +644,14 @@ def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | No
     if cotangents.dlse is not None or cotangents.dout is None or any(cotangents.needs[3:]):
         return None
     found = _serves(inputs)
-    if found is None or (found.bias is not None and not _has_digits(cotangents.lse, cotangents.out)):
+    if found is None or (found.mask is not None and not _has_digits(cotangents.lse, cotangents.out)):
         return None
+    lse = cotangents.lse
+    if found.dead == 0.0:
+        # no weight, and no NaN
+        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
-    bias = _bias_of(inputs, found)
-    grads = _BACKWARD(*given, cotangents.lse, 0.0, found.causal, attn_mask=bias, scale=found.scale)
+    grads = _BACKWARD(*given, lse, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
     return [
         laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
     ]

@@ -14,6 +14,8 @@ from torch import Tensor
 
 from attnfuse.score import Expr, Load, Var, free_vars
 
+Ranges = tuple[tuple[int, int], ...]
+
 _LEAD: Final = {Var("b"): 0, Var("h"): 1}
 
 
@@ -51,9 +53,6 @@ def laid_out(table: Tensor, how: Lookup, dtype: torch.dtype) -> Tensor:
 def given_back(total: Tensor, how: Lookup) -> Tensor:
     """What `laid_out` gave, in the order of the leaf's dimensions."""
     return total.movedim(-1, how.place)
-
-
-Ranges = tuple[tuple[int, int], ...]
 
 
 def read(table: Tensor, how: Lookup, entry: Tensor, ranges: Ranges) -> Tensor | None:
