@@ -48,6 +48,7 @@ def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tile_lists, "TILES", Tiles(32, 32))
     monkeypatch.setattr(tile_lists, "_FEWEST", 4)
     monkeypatch.setattr(flash_step, "_ROWS", 32)
+    monkeypatch.setattr(flash_step, "_ROWS_OF_RECTANGLE", 64)
     monkeypatch.setattr(flash_step, "_MOVING_FORWARD", ((64, 16),))
     monkeypatch.setattr(flash_step, "_MOVING_BACKWARD", ((64, 8),))
     monkeypatch.setattr(flash_step, "_KEPT", flash_step._Kept(1 << 24))
