@@ -196,6 +196,24 @@ def test_entries_of_an_input_that_is_written_to(fn: Callable[..., Tensor]) -> No
     assert remark.score == "s*0.5 + bias[h, m, n]"
 
 
+def in_a_region(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: Tensor) -> Tensor:
+    own = ids.clone()
+
+    def region(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return attention(q, k, v, table[own].permute(2, 0, 1))
+
+    out = torch.utils.checkpoint.checkpoint(region, q, k, v, use_reentrant=False)
+    own.zero_()
+    return out + own.sum()
+
+
+def test_entries_of_a_region_that_the_graph_around_it_writes_to() -> None:
+    """The region's own graph shows no write."""
+    q, k, v, _ = operands()
+    (remark,) = report_of(in_a_region, q, k, v, randn(ENTRIES, H, seed=9).requires_grad_(), IDS).remarks
+    assert remark.score == "s*0.5 + bias[h, m, n]"
+
+
 def test_a_choice_that_sizes_make_is_no_index_of_cells() -> None:
     """`where(M < 90, ids[m, n], 0)` is a number for a greater M."""
 
