@@ -192,7 +192,7 @@ def of_what_was_written_to(q: Tensor, k: Tensor, v: Tensor, table: Tensor, ids: 
 def test_entries_of_an_input_that_is_written_to(fn: Callable[..., Tensor]) -> None:
     """The gathered tensor is read, and the attention is fused."""
     q, k, v, _ = operands()
-    (remark,) = check(fn, q, k, v, randn(ENTRIES, H, seed=9), IDS.clone(), gradients=False).remarks
+    (remark,) = check(Learned(fn, randn(ENTRIES, H, seed=9)), q, k, v, IDS.clone(), gradients=False).remarks
     assert remark.score == "s*0.5 + bias[h, m, n]"
 
 
@@ -241,14 +241,14 @@ def test_entries_that_are_written_to_later() -> None:
     """Without gradients, for which eager keeps the entries and refuses others."""
     q, k, v, pad = operands()
     table = randn(ENTRIES, H, seed=9)
-    (remark,) = check(with_other_entries_later, q, k, v, table, pad, gradients=False).remarks
+    (remark,) = check(Learned(with_other_entries_later, table), q, k, v, pad, gradients=False).remarks
     assert remark.score == "s*0.5 + bias[h, m, n]"
 
 
 def test_small_ones_are_read_for_each_row_and_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(gathered, "_SMALL", M * M * H)
     q, k, v, pad = operands()
-    (remark,) = report_of(flat, q, k, v, randn(ENTRIES, H, seed=9), pad).remarks
+    (remark,) = report_of(Learned(flat, randn(ENTRIES, H, seed=9)), q, k, v, pad).remarks
     assert remark.score == "s*0.5 + bias[h, m, n]"
 
 
