@@ -1,9 +1,10 @@
 """Attentions that every kernel is held to: families of specs by shape, their tensors, and the comparison with the oracle."""
 
 import itertools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -153,6 +154,19 @@ def floats(*size: int) -> Tensor:
     return torch.randn(size, generator=torch.Generator().manual_seed(4))
 
 
+# the least number of bfloat16, as float32 and it hold it
+MIN = torch.finfo(torch.bfloat16).min
+
+
+def fills(rows: int, keys: int) -> Tensor:
+    """An additive mask: numbers, MIN and -inf side by side; rows of only one or both of the fills."""
+    mask = floats(rows, keys).masked_fill(~scattered(rows, keys), MIN).masked_fill(~scattered(1, keys), -torch.inf)
+    mask[::5] = MIN
+    mask[1::5, : keys // 2] = -torch.inf
+    mask[1::5, keys // 2 :] = MIN
+    return mask
+
+
 Leaves = Callable[[Shape], tuple[Tensor, ...]]
 FAMILIES: dict[str, tuple[str, Leaves]] = {
     "full": ("s*0.125", lambda x: ()),
@@ -247,10 +261,34 @@ FAMILIES: dict[str, tuple[str, Leaves]] = {
         "pad: bool[:, :]; s*0.125 where n < m else 0row where pad[b, n] else +min",
         lambda x: (scattered(x.B, x.N),),
     ),
+    "additive mask": (
+        "bias: f32[:, :]; s*0.125 + bias[m, n] where bias[m, n] != -inf else -inf",
+        lambda x: (floats(x.M, x.N).masked_fill(~scattered(x.M, x.N), -torch.inf),),
+    ),
+    "additive mask of least numbers": (
+        f"bias: f32[:, :]; s*0.125 + bias[m, n] where bias[m, n] != -inf else -inf where bias[m, n] != {MIN} else +min",
+        lambda x: (fills(x.M, x.N),),
+    ),
+    "additive mask of least numbers, zero rows": (
+        f"bias: f32[:, :]; s*0.125 + bias[m, n] where bias[m, n] != -inf else 0row where bias[m, n] != {MIN} else +min",
+        lambda x: (fills(x.M, x.N).index_fill(0, torch.arange(x.M)[2::5], -torch.inf),),
+    ),
     "nothing allowed": ("s*0.125 where False else +min", lambda x: ()),
     "powers": ("pow(s, 2.0)*0.05 - pow(0.1 + s*s, 1.5)*0.01 + pow(1.0 + s*s, -0.5)", lambda x: ()),
     "no scores": ("bias: f32[:]; bias[n] where n <= m else -inf", lambda x: (floats(x.N),)),
 }
+
+
+def in_types(families: Mapping[str, tuple[str, Leaves]], *dtypes: torch.dtype) -> list[Any]:
+    """Parameters text, leaves, dtype: each family in each type that holds its fills."""
+    return [
+        pytest.param(text, leaves, dtype, id=f"{name}-{dtype}")
+        for name, (text, leaves) in families.items()
+        for dtype in dtypes
+        if str(MIN) not in text or -MIN <= torch.finfo(dtype).max
+    ]
+
+
 SHAPES = {
     "grouped": Shape(2, 6, 2, 40, 40, 16, 16),
     "wide values": Shape(1, 2, 2, 33, 33, 8, 24),

@@ -27,6 +27,7 @@ from tests.families import (
     Leaves,
     floats,
     hold_to_oracle,
+    in_types,
     made,
     scattered,
     values_of,
@@ -41,8 +42,7 @@ def test_families_fp32(text: str, leaves: Leaves, shape: Shape) -> None:
     hold_to_oracle(made(text, shape, leaves(shape)))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float64], ids=str)
-@pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
+@pytest.mark.parametrize(("text", "leaves", "dtype"), in_types(FAMILIES, torch.bfloat16, torch.float16, torch.float64))
 def test_families_in_other_types(text: str, leaves: Leaves, dtype: torch.dtype) -> None:
     shape = SHAPES["grouped"]
     hold_to_oracle(made(text, shape, leaves(shape), dtype))

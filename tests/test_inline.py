@@ -15,7 +15,7 @@ from torch.nn import functional as F
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.base import Target
 from attnfuse.templates.inline import Inline, written_out
-from tests.families import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, made, values_of
+from tests.families import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, in_types, made, values_of
 from tests.harness import check, qkv, report_of
 from tests.strategies import Case, cases
 
@@ -31,9 +31,10 @@ class _WrittenOut(Call):
         return out, super().run()[1]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64], ids=str)
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
-@pytest.mark.parametrize(("text", "leaves"), WRITTEN_OUT.values(), ids=WRITTEN_OUT.keys())
+@pytest.mark.parametrize(
+    ("text", "leaves", "dtype"), in_types(WRITTEN_OUT, torch.float32, torch.bfloat16, torch.float16, torch.float64)
+)
 def test_families(text: str, leaves: Leaves, shape: Shape, dtype: torch.dtype) -> None:
     hold_to_oracle(_WrittenOut(*made(text, shape, leaves(shape), dtype)))
 

@@ -440,7 +440,11 @@ def dense_addend_with_fill(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Ten
     return (q @ k.mT + mask).softmax(-1) @ v
 
 
-@spelling("bias: f32[:, :]; s + bias[m, n]", given(torch.full((6, 6), -math.inf).triu(1)), gradients=False)
+@spelling(
+    "bias: f32[:, :]; s + bias[m, n] where bias[m, n] != -inf else -inf",
+    given(torch.full((6, 6), -math.inf).triu(1)),
+    gradients=False,
+)
 def dense_addend_of_infinities(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT + mask).softmax(-1) @ v
 

@@ -292,7 +292,8 @@ def test_a_float32_mask_on_scores_that_are_rounded(dtype: torch.dtype) -> None:
     q, k, v = qkv(dtype=dtype)
     dense = torch.zeros(6, 6).masked_fill(torch.ones(6, 6).triu(1).bool(), MIN)
     (remark,) = check(_rounded, q, k, v, dense, gradients=False).remarks
-    assert remark.score == f"{SHORT_DTYPES[dtype]}(s*0.5 + bias[m, n])"
+    tiers = f"where bias[m, n] != -inf else -inf where bias[m, n] != {MIN} else -inf"
+    assert remark.score == f"{SHORT_DTYPES[dtype]}(s*0.5 + bias[m, n]) {tiers}"
     dense[2] = MIN
     dense[3] = -MIN
     _, actual, expected = both(_rounded, q, k, v, dense)

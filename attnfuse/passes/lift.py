@@ -102,6 +102,8 @@ class Table:
     """The type in which a template computes what is lifted at present; other arithmetic on data is read, not repeated."""
     no_grad: bool = False
     """Whether the attention that is lifted at present runs under no_grad itself, so that no gradient can end within it."""
+    fills: dict[tuple[fx.Node, torch.dtype], frozenset[float]] = field(default_factory=dict)
+    """Which fills of masks an input holds, cast to a type; see `held`."""
     _names: dict[Any, str] = field(default_factory=dict)
 
     def leaf(self, source: LeafSource) -> str:

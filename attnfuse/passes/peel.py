@@ -7,6 +7,7 @@ dropout and views to the value matmul.  Each step either gives the next layer or
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -94,21 +95,60 @@ def _added_mask(expr: Expr, dtype: torch.dtype) -> tuple[Expr, str] | None:
     return None
 
 
-def program_of(expr: Expr, dtype: torch.dtype, greatest: Callable[[Load], float] = lambda load: math.inf) -> Program:
+Holds = Callable[[Load], frozenset[float]]
+"""Which of -inf and its type's finfo.min an added leaf holds, as far as is known."""
+
+
+def _holds_none(load: Load) -> frozenset[float]:
+    return frozenset()
+
+
+def program_of(
+    expr: Expr,
+    dtype: torch.dtype,
+    greatest: Callable[[Load], float] = lambda load: math.inf,
+    holds: Holds = _holds_none,
+) -> Program:
     """The lifted input of the softmax as body and tiers.
 
     Args:
         expr: the score in `s`.
         dtype: the element type of the scores where masks are applied; finfo.min is a mask only for that type or a wider one.
         greatest: the greatest magnitude that a leaf of floating-point numbers holds, 0 for one of other numbers.
+        holds: which leaves are masks; they stay in the body too.
 
     Raises:
         Miss: AF024 if an infinity or NaN is left in the score arithmetic, where gradients depend on the order of operations.
     """
-    body, tiers = _peeled(expr, dtype)
-    if any(tier.fill in ("+min", "=min") for tier in tiers) and not _min_is_least(expr, body, tiers, dtype, greatest):
-        body, tiers = expr, []
-    return Program(only_finite(body), tuple(tiers))
+    read = Counter(e for e in walk(expr) if isinstance(e, Load))
+
+    def of_once(load: Load) -> frozenset[float]:
+        return holds(load) if read[load] == 1 else frozenset()
+
+    attempts: list[Holds] = [_holds_none]
+    if any(map(of_once, read)):
+        attempts = [of_once, lambda load: of_once(load) & {-math.inf}, _holds_none]
+    for masks in attempts:
+        body, tiers = _peeled(expr, dtype, masks)
+        minimal = [tier for tier in tiers if tier.fill in ("+min", "=min")]
+        if tiers and (
+            not minimal or _min_is_least(expr, body, tiers, dtype, _greatest_beside(minimal, dtype, greatest, read))
+        ):
+            return Program(only_finite(body), tuple(tiers))
+    return Program(only_finite(expr))
+
+
+def _greatest_beside(
+    tiers: Sequence[Tier], dtype: torch.dtype, greatest: Callable[[Load], float], read: Mapping[Load, int]
+) -> Callable[[Load], float]:
+    """How large leaves are where no tier of finfo.min masks. One that is itself the only such mask is greater there than finfo.min,
+    by more than scores are; beside another mask it might be what makes -inf of that one's finfo.min."""
+    known = None
+    if len(tiers) == 1 and isinstance(tiers[0].allowed, Call) and tiers[0].allowed.op == "ne":
+        leaf, least = tiers[0].allowed.args
+        if isinstance(leaf, Load) and read.get(leaf) == 1 and _fill(least, dtype) == "min":
+            known = leaf
+    return lambda load: 0.0 if load == known else greatest(load)
 
 
 def only_finite(body: Expr) -> Expr:
@@ -124,7 +164,8 @@ def _min_is_least(
 ) -> bool:
     """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and nothing in the body that
     may be as low or lower (a dense additive mask, -inf by rounding)."""
-    fills = {e.value for e in walk(expr) if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
+    given = (e for x in (expr, *(tier.allowed for tier in tiers)) for e in walk(x))
+    fills = {e.value for e in given if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
     inside = [*walk(body)]
     low = any(isinstance(e, Const) and abs(e.value) > _ABSORBED for e in inside)
     rounded = any(isinstance(e, Call) and e.op in ROUNDINGS for e in inside)
@@ -168,7 +209,7 @@ def _stays_common(expr: Expr, greatest: Callable[[Load], float], *, by_row: bool
 _ABSORBED: Final = 2.0**100
 
 
-def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
+def _peeled(expr: Expr, dtype: torch.dtype, holds: Holds) -> tuple[Expr, list[Tier]]:
     if not isinstance(expr, Call):
         return expr, []
     if expr.op == "where" and "s" not in free_vars(expr.args[0]):
@@ -176,16 +217,16 @@ def _peeled(expr: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]]:
         for kept, filled, allowed in ((a, b, condition), (b, a, call("not", condition))):
             fill = _fill(filled, dtype)
             if fill and "s" in free_vars(kept):
-                body, tiers = _peeled(kept, dtype)
+                body, tiers = _peeled(kept, dtype, holds)
                 return body, [*tiers, Tier(allowed, "-inf" if fill == "-inf" else "=min")]
         if "s" in free_vars(a) and "s" in free_vars(b):
             # scores that are joined, each part under masks of its own
-            (first, some), (second, more) = _peeled(a, dtype), _peeled(b, dtype)
+            (first, some), (second, more) = (_peeled(x, dtype, holds) for x in (a, b))
             tiers = [Tier(call("or", call("not", condition), tier.allowed), tier.fill) for tier in some]
             tiers += [Tier(call("or", condition, tier.allowed), tier.fill) for tier in more]
             return call("where", condition, first, second), tiers
     for kept, other in _operands(expr):
-        found = _combined(expr.op, kept, other, dtype)
+        found = _combined(expr.op, kept, other, dtype, holds)
         if found is not None:
             return found
     return expr, []
@@ -200,10 +241,10 @@ def _operands(expr: Call) -> list[tuple[Expr, Expr]]:
     return [(x, y) for x, y in pairs if "s" in free_vars(x) and "s" not in free_vars(y)]
 
 
-def _combined(op: str, kept: Expr, other: Expr, dtype: torch.dtype) -> tuple[Expr, list[Tier]] | None:
+def _combined(op: str, kept: Expr, other: Expr, dtype: torch.dtype, holds: Holds) -> tuple[Expr, list[Tier]] | None:
     """`kept op other` as one body under the tiers of both, or None where it has none or the tiers would not stay what they are."""
-    rest, masks = _addend(other, dtype) if op == "add" else (other, [])
-    body, tiers = _peeled(kept, dtype)
+    rest, masks = _addend(other, dtype, holds) if op == "add" else (other, [])
+    body, tiers = _peeled(kept, dtype, holds)
     fills = {tier.fill for tier in tiers}
     if op in ("mul", "div"):
         positive = isinstance(other, Const) and 0 < other.value < math.inf
@@ -221,27 +262,38 @@ def _combined(op: str, kept: Expr, other: Expr, dtype: torch.dtype) -> tuple[Exp
     return body, tiers + [Tier(c, "-inf" if fill == "-inf" else "+min") for c, fill in masks]
 
 
-def _addend(expr: Expr, dtype: torch.dtype) -> tuple[Expr | None, list[tuple[Expr, str]]]:
+def _addend(expr: Expr, dtype: torch.dtype, holds: Holds) -> tuple[Expr | None, list[tuple[Expr, str]]]:
     """What an addend adds where it masks nothing (None: zero), and its masks."""
     mask = _added_mask(expr, dtype)
     if mask is not None:
         return None, [mask]
+    if isinstance(expr, Load):
+        return expr, _masks_of(expr, holds(expr), dtype)
     if isinstance(expr, Call) and expr.op == "where":
         condition, a, b = expr.args
         for kept, filled, allowed in ((a, b, condition), (b, a, call("not", condition))):
             fill = _fill(filled, dtype)
             if fill == "-inf" or (fill and not loads(kept)):
-                rest, masks = _addend(kept, dtype)
+                rest, masks = _addend(kept, dtype, holds)
                 if not masks or fill == "-inf":
                     return rest, [*masks, (allowed, fill)]
             elif fill:
                 # what is not added gets no gradient, in rows that are uniform either
                 return call("where", allowed, kept, Const(0.0)), [(allowed, fill)]
     if isinstance(expr, Call) and expr.op == "add":
-        (first, some), (second, more) = (_addend(a, dtype) for a in expr.args)
+        (first, some), (second, more) = (_addend(a, dtype, holds) for a in expr.args)
         if some or more:
             return second if first is None else first if second is None else call("add", first, second), some + more
     return expr, []
+
+
+def _masks_of(leaf: Load, held: frozenset[float], dtype: torch.dtype) -> list[tuple[Expr, str]]:
+    """What an added leaf masks. Where finfo.min is told apart -inf has to be too: it is less, and the next mask may hold it."""
+    least = [Const(x) for x in held if _fill(Const(x), dtype) == "min"]
+    if not least and -math.inf not in held:
+        return []
+    masks: list[tuple[Expr, str]] = [(call("ne", leaf, Const(-math.inf)), "-inf")]
+    return [*masks, *((call("ne", leaf, x), "min") for x in least)]
 
 
 @dataclass

@@ -18,6 +18,7 @@ from attnfuse.passes.check import check
 from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.dependent import dependent
 from attnfuse.passes.graph import between, bound, fake, is_tensor, packet, shape
+from attnfuse.passes.held import fills_of
 from attnfuse.passes.index import Digit, Index, Size, Unliftable, index_of, product, same
 from attnfuse.passes.learned import greatest_of
 from attnfuse.passes.lift import Scope
@@ -263,7 +264,7 @@ def _with_queries(
     expr = scope.lifter.lift(source, axes.index, claim)
     if claim.found is None:
         return None
-    program = program_of(expr, fake(source).dtype, greatest_of(scope, dependent(scope, claim.found)))
+    program = program_of(expr, fake(source).dtype, greatest_of(scope, dependent(scope, claim.found)), fills_of(scope))
     program = rounded_by(softmax, source, claim.found.node, expr, program, scope)
     if beside is not None:
         program = replace(program, sink=_sink(scope, beside, axes))
@@ -530,11 +531,12 @@ def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool
     if fake(mask).dtype != dtype:
         raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
     greatest = greatest_of(scope)
-    program = program_of(call("add", body, element), dtype, greatest)
+    program = program_of(call("add", body, element), dtype, greatest, fills_of(scope))
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
-    if loads(element) and not most(program.body, greatest) <= torch.finfo(dtype).max:
+    infinite = Tier(call("ne", element, Const(float("-inf"))), "0row")
+    if loads(element) and infinite not in tiers and not most(program.body, greatest) <= torch.finfo(dtype).max:
         # a dense mask may itself hold -inf, or arithmetic on data give it; NaN stays NaN
-        tiers.append(Tier(call("ne", element, Const(float("-inf"))), "0row"))
+        tiers.append(infinite)
     return Program(program.body, tuple(tiers))
 
 

@@ -46,7 +46,8 @@ def rounded_by(
         expr, type_of
     ):
         return program
-    least = {e.value for e in walk(expr) if isinstance(e, Const) and e.value < -ORDINARY}
+    given = (e for x in (expr, *(tier.allowed for tier in program.tiers)) for e in walk(x))
+    least = {e.value for e in given if isinstance(e, Const) and e.value < -ORDINARY}
     if all(value <= -ROUNDINGS[name] for value in least):
         # what is finfo.min for a wider type is -inf for this one
         return Program(call(name, program.body), tuple(replace(tier, fill="-inf") for tier in program.tiers))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
@@ -15,6 +16,7 @@ from attnfuse.score import (
     Expr,
     Program,
     S,
+    Tier,
     call,
     conjuncts,
     free_vars,
@@ -22,6 +24,8 @@ from attnfuse.score import (
     substitute,
 )
 
+# finfo.min of float32 and of bfloat16
+_MINIMA: Final = (-(2.0**128 - 2.0**104), -(2.0**128 - 2.0**120))
 _ONE: Final = Const(1.0)
 _MINUS_ONE: Final = Const(-1.0)
 
@@ -66,6 +70,22 @@ def affine(body: Expr) -> Affine | None:
             return _plus(inner, right if body.op == "add" else call("neg", right))
         return _times(inner, right, body.op) if _same_everywhere(right) else None
     return None
+
+
+def is_sum(tier: Tier, body: Expr) -> bool:
+    """Whether a tier says no more than what the body adds already: -inf, or finfo.min, of which no score is a digit."""
+    form = affine(body)
+    allowed = tier.allowed
+    if form is None or not isinstance(allowed, Call) or allowed.op != "ne" or tier.fill == "=min":
+        return False
+    fills = _MINIMA if tier.fill == "+min" else (-math.inf,)
+    return allowed.args[0] in _terms(form.bias) and any(allowed.args[1] == Const(fill) for fill in fills)
+
+
+def _terms(bias: Expr | None) -> list[Expr]:
+    if isinstance(bias, Call) and bias.op == "add":
+        return [*_terms(bias.args[0]), *_terms(bias.args[1])]
+    return [] if bias is None else [bias]
 
 
 def _same_everywhere(expr: Expr) -> bool:

@@ -18,10 +18,10 @@ from typing import Final, NamedTuple
 import torch
 from torch import Tensor
 
-from attnfuse.score import Call, Const, Load, Tier, loads
+from attnfuse.score import Load, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import diagonals, tile_lists
-from attnfuse.templates.affine import affine, constant, where_allowed
+from attnfuse.templates.affine import affine, constant, is_sum, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
@@ -530,7 +530,8 @@ class _Direct(NamedTuple):
         padded: only where the conditions on (b, n) hold for every key.
         bias: what is evaluated for all cells.
         given: instead, which leaf is the bias as it stands, and its axes.
-        ends: whether -inf in that leaf is the mask, and rows of nothing else are zeros.
+        masks: whether that leaf is the mask too.
+        dead: what rows are in which every score is -inf.
     """
 
     scale: float
@@ -538,7 +539,8 @@ class _Direct(NamedTuple):
     padded: bool
     bias: Evaluator | None
     given: tuple[int, tuple[int, ...]] | None = None
-    ends: bool = False
+    masks: bool = False
+    dead: float = math.nan
 
 
 @lru_cache(maxsize=1024)
@@ -550,8 +552,9 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     if plan is None or 0 in shape or spec.program.sink is not None:
         return None
     given = _given(spec)
-    if given is not None and (not spec.program.tiers or _is_mask(spec)):
-        return _Direct(plan.scale, False, False, None, given, ends=bool(spec.program.tiers))
+    if given is not None and all(is_sum(tier, where_allowed(spec.program)) for tier in spec.program.tiers):
+        dead = 0.0 if any(tier.fill == "0row" for tier in spec.program.tiers) else math.nan
+        return _Direct(plan.scale, False, False, None, given, masks=bool(spec.program.tiers), dead=dead)
     if mask.starts or mask.ends or mask.by_batch or not mask.from_indices:
         return None
     if plan.bias is not None and shape.M > plan.rows:
@@ -577,21 +580,14 @@ def _given(spec: AttentionSpec) -> tuple[int, tuple[int, ...]] | None:
     return [leaf.name for leaf in spec.leaves].index(form.bias.leaf), axes
 
 
-def _is_mask(spec: AttentionSpec) -> bool:
-    """Whether the only mask is -inf in the bias, as `scaled_dot_product_attention` has it."""
-    form = affine(where_allowed(spec.program))
-    assert form is not None
-    assert form.bias is not None
-    return spec.program.tiers == (Tier(Call("ne", (form.bias, Const(-math.inf))), "0row"),)
-
-
 class _Whole(NamedTuple):
-    """The arguments of one call of the kernel, and what rows get in which every score is -inf."""
+    """The arguments of one call of the kernel, what rows get in which every score is -inf, and whether the mask may hold minima."""
 
     scale: float
     causal: bool
     mask: Tensor | None
     dead: float
+    minimal: bool = False
 
 
 def _serves(inputs: Inputs) -> _Whole | None:
@@ -603,13 +599,15 @@ def _serves(inputs: Inputs) -> _Whole | None:
     if found.given is not None:
         at, axes = found.given
         mask = inputs.leaves[at]
-        if mask.dtype not in (inputs.q.dtype, torch.float32) or any(
+        # the kernel reads a mask of another type than float32 or its operands' as if it were theirs, float32 beside float64 too
+        wide = torch.float32 if inputs.q.dtype.itemsize < 4 else inputs.q.dtype
+        if mask.dtype not in (inputs.q.dtype, wide) or any(
             size < cells[axis][1] for size, axis in zip(mask.shape, axes, strict=True)
         ):
             return None
         for place, axis in enumerate(axes):
             mask = mask.narrow(place, 0, cells[axis][1])
-        if found.ends and tile_lists.worth_a_map(M, N):
+        if found.masks and tile_lists.worth_a_map(M, N):
             # a mask that leaves out whole tiles is faster block by block
             tiles = tile_lists.TILES
             known = inputs.tiles[0] if inputs.tiles else None
@@ -617,7 +615,7 @@ def _serves(inputs: Inputs) -> _Whole | None:
             if _share_of_empty(kinds) > _EMPTY_SHARE:
                 return None
         mask = mask[tuple(slice(None) if axis in axes else None for axis in range(4))].expand(B, H, M, N)
-        return _Whole(found.scale, False, mask, 0.0 if found.ends else torch.nan)
+        return _Whole(found.scale, False, mask, found.dead, minimal=found.masks)
     if found.padded:
         for value in mask_of(inputs.text).padding_of(block_of(inputs, cells[0], (0, 1), (0, 1), cells[3])):
             if not (bool(value.all()) if isinstance(value, Tensor) else value):
@@ -638,6 +636,9 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
     if found.mask is not None and bool((lse == 0).any()):
         out, lse = _without_the_dead(out, lse, found.mask, causal=found.causal, value=found.dead)
+    if found.minimal:
+        # rows of nothing else, whose log-sum-exp is what was added
+        lse = lse.masked_fill(lse == torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min)
     return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
 
 

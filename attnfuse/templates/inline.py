@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
+from attnfuse.templates.affine import is_sum
 from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
 
@@ -45,14 +46,17 @@ class Inline:
 
 class _Compiled(NamedTuple):
     body: Evaluator
+    fills: tuple[str, ...]
     allowed: Evaluator
 
 
 @lru_cache(maxsize=1024)
 def _compiled(text: str) -> _Compiled:
     spec = parse_spec(text)
-    tiers = [tier.allowed for tier in spec.program.tiers]
-    return _Compiled(Evaluator(spec, [spec.program.body], pure=True), Evaluator(spec, tiers, pure=True))
+    body = spec.program.body
+    tiers = [tier for tier in spec.program.tiers if not is_sum(tier, body)]
+    allowed = Evaluator(spec, [tier.allowed for tier in tiers], pure=True)
+    return _Compiled(Evaluator(spec, [body], pure=True), tuple(tier.fill for tier in tiers), allowed)
 
 
 def written_out(
@@ -84,15 +88,14 @@ def written_out(
     if x.shape != scores.shape:
         x = x.expand(scores.shape)
     least = torch.finfo(dtype).min
-    fills = [tier.fill for tier in spec.program.tiers]
-    for fill, value in zip(fills, compiled.allowed(block), strict=True):
+    for fill, value in zip(compiled.fills, compiled.allowed(block), strict=True):
         allowed = _cells(value, scores, torch.bool)
         if fill == "+min":
             # added, so that the score keeps its gradient where a whole row is masked
             x = x + torch.where(allowed, 0.0, _cells(least, scores))
         else:
             x = torch.where(allowed, x, least if fill == "=min" else -torch.inf)
-    if "0row" in fills:
+    if any(tier.fill == "0row" for tier in spec.program.tiers):
         empty = (x == -torch.inf).all(-1, keepdim=True)
         weights = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, x), -1))
     else:

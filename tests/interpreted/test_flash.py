@@ -28,6 +28,7 @@ from tests.families import (
     Call,
     Leaves,
     hold_to_oracle,
+    in_types,
     made,
     values_of,
 )
@@ -51,10 +52,10 @@ def test_families_of_few_rows(text: str, leaves: Leaves, shape: Shape, kernel: K
     hold_to_oracle(made(text, shape, leaves(shape)))
 
 
-@pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
-def test_families_fp16(text: str, leaves: Leaves) -> None:
+@pytest.mark.parametrize(("text", "leaves", "dtype"), in_types(FAMILIES, torch.float16))
+def test_families_fp16(text: str, leaves: Leaves, dtype: torch.dtype) -> None:
     shape = SHAPES["grouped"]
-    hold_to_oracle(made(text, shape, leaves(shape), torch.float16))
+    hold_to_oracle(made(text, shape, leaves(shape), dtype))
 
 
 @pytest.mark.parametrize("name", ["causal", "left padding", "nested", "softcap", "dense bias", "sinks", "dropout"])
