@@ -20,6 +20,7 @@ from torch import fx
 from attnfuse.options import Options
 from attnfuse.passes.band import unband
 from attnfuse.passes.decide import decide
+from attnfuse.passes.distribute import distribute
 from attnfuse.passes.dump import dump
 from attnfuse.passes.graph import module_path, packet, source_line
 from attnfuse.passes.join import JOINED, join
@@ -142,7 +143,7 @@ def normalised(work: Work) -> None:
     """One spelling for each operation."""
     work.graph = normalise(work.original)
     try:
-        _in_order(work, work.graph, join, unband)
+        _in_order(work, work.graph, join, distribute, unband)
     except Exception as error:
         if work.options.strict:
             raise

@@ -8,10 +8,12 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from dataclasses import dataclass
+from typing import Final
 
 import torch
 from torch import fx
 
+from attnfuse.passes.distribute import SUMMED
 from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, shape, source_line
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.site import Site
@@ -25,6 +27,9 @@ from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
+
+# So many times the scores that are written out an attention has at least for which a product more pays: see docs/design.md.
+_SUM: Final = 16
 
 
 @dataclass(frozen=True)
@@ -64,6 +69,12 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     form = call_for(what.spec) if isinstance(template, Library) else template if isinstance(template, Inline) else None
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
+    if (
+        SUMMED in site.anchor.meta
+        and what.shape.M * what.shape.N <= _SUM * target.inline_scores
+        and target.device == "cpu"
+    ):
+        return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
     facts["tiles_skipped"] = round(_tiles_skipped(what, choice), 4)
     code = "AF010" if isinstance(form, Call) else "AF011" if isinstance(form, Inline) else "AF000"
     return Replacement(what, form, Remark.of(code, **where, template=template.name, **facts))  # type: ignore[arg-type]

@@ -20,10 +20,10 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import MODE_SWITCHES, Storage, aten, between, bound, erase, fake, is_tensor, packet, shape
 from attnfuse.passes.views import cuts_gradient
 
-__all__ = ["JOINED", "Maker", "join"]
+__all__ = ["JOINED", "Maker", "Part", "above", "aligned", "cast", "join", "may_move"]
 
 JOINED: Final = "attnfuse_joined"
-"""In a softmax's meta: its name, if its keys or its values were joined."""
+"""In a softmax's meta: its name, if its keys or its values were joined, or its product was made by itself (see `distribute`)."""
 
 _AFTER_THE_SOFTMAX: Final = ("to", "_to_copy", "dropout")
 
@@ -44,7 +44,7 @@ def join(graph: fx.Graph, leave: Container[str] = ()) -> int:
 
 
 @dataclass(frozen=True)
-class _Part:
+class Part:
     """A product with one part of the keys, or of the values, `start` being the place of its first key."""
 
     found: Contraction
@@ -69,7 +69,7 @@ def _join_keys(softmax: fx.Node) -> bool:
         return False
     parts = []
     for scores in bound(cat)["tensors"]:
-        products = [x for x in _above(scores) if contraction(x) is not None]
+        products = [x for x in above(scores) if contraction(x) is not None]
         part = _key_part(products[0]) if len(products) == 1 else None
         if part is None:
             return False
@@ -88,7 +88,7 @@ def _join_keys(softmax: fx.Node) -> bool:
     if (
         not alike
         or any(part.one is not first.one for part in parts)
-        or not _may_move((*moved, *(p.found.node for p in parts)), cat)
+        or not may_move((*moved, *(p.found.node for p in parts)), cat)
     ):
         return False
     for node in moved:
@@ -96,8 +96,8 @@ def _join_keys(softmax: fx.Node) -> bool:
     graph = softmax.graph
     with graph.inserting_before(moved[0] if moved else cat):
         make = Maker(graph, first.found.node)
-        keys = make(aten.cat.default, [_aligned(make, p) for p in parts], -2)
-        scores = make(aten.matmul.default, _cast(make, first.one), make(aten.transpose.int, keys, -2, -1))
+        keys = make(aten.cat.default, [aligned(make, p) for p in parts], -2)
+        scores = make(aten.matmul.default, cast(make, first.one), make(aten.transpose.int, keys, -2, -1))
         start = 0
         for part in parts:
             size = shape(part.found.node)[-1]
@@ -124,13 +124,13 @@ def _join_values(softmax: fx.Node) -> bool:
     if total is None or not tiled or ends[-1] != shape(weights)[-1]:
         return False
     nodes = [x for part in parts for x in (part.found.node, *between(part.found.node, total))]
-    if not _may_move(nodes, total):
+    if not may_move(nodes, total):
         return False
     graph = softmax.graph
     with graph.inserting_before(total):
         make = Maker(graph, total)
-        values = make(aten.cat.default, [_aligned(make, part) for part in parts], -2)
-        out = make(aten.matmul.default, _cast(make, weights), values)
+        values = make(aten.cat.default, [aligned(make, part) for part in parts], -2)
+        out = make(aten.matmul.default, cast(make, weights), values)
     total.replace_all_uses_with(out)
     erase(graph, [total])
     return True
@@ -155,7 +155,7 @@ def _is_static(node: fx.Node) -> bool:
     return all(isinstance(size, int) for size in shape(node))
 
 
-def _above(scores: fx.Node) -> Iterator[fx.Node]:
+def above(scores: fx.Node) -> Iterator[fx.Node]:
     """The node and what goes into it through tensors of its shape, as far as the products among them."""
     todo, seen = [scores], set()
     while todo:
@@ -172,23 +172,23 @@ def _joined_scores(softmax: fx.Node) -> fx.Node | None:
     """The one node above the softmax that joins, along the keys, tensors that products go into."""
     source = bound(softmax)["self"]
     found = [
-        x for x in _above(source) if packet(x) == "cat" and bound(x)["dim"] % len(shape(x)) == len(shape(source)) - 1
+        x for x in above(source) if packet(x) == "cat" and bound(x)["dim"] % len(shape(x)) == len(shape(source)) - 1
     ]
-    found = [x for x in found if any(contraction(y) is not None for part in bound(x)["tensors"] for y in _above(part))]
+    found = [x for x in found if any(contraction(y) is not None for part in bound(x)["tensors"] for y in above(part))]
     return found[0] if len(found) == 1 else None
 
 
-def _key_part(product: fx.Node) -> _Part | None:
+def _key_part(product: fx.Node) -> Part | None:
     found = contraction(product)
     assert found is not None
     keys = found.out_labels[-1]
     for (one, labels), (other, other_labels) in (found.sides(), found.sides()[::-1]):
         if keys in other_labels and labels == (*found.out_labels[:-1], found.summed):
-            return _checked(_Part(found, one, other, other_labels))
+            return _checked(Part(found, one, other, other_labels))
     return None
 
 
-def _value_parts(user: fx.Node, weights: fx.Node) -> Iterator[_Part]:
+def _value_parts(user: fx.Node, weights: fx.Node) -> Iterator[Part]:
     """The products with values of a slice of the weights."""
     args = bound(user) if packet(user) == "slice" else {}
     if not args or args["self"] is not weights or args["dim"] % len(shape(user)) != len(shape(user)) - 1:
@@ -203,22 +203,22 @@ def _value_parts(user: fx.Node, weights: fx.Node) -> Iterator[_Part]:
         for (one, labels), (other, other_labels) in (found.sides(), found.sides()[::-1]):
             if one is user and other is not user and labels == (*found.out_labels[:-1], found.summed):
                 part = _checked(
-                    _Part(found, one, other, other_labels, True, min(start + size if start < 0 else start, size))
+                    Part(found, one, other, other_labels, True, min(start + size if start < 0 else start, size))
                 )
                 if part is not None:
                     yield part
 
 
-def _checked(part: _Part) -> _Part | None:
+def _checked(part: Part) -> Part | None:
     """The part, if it is a plain product and static."""
     plain = part.found.alpha == 1 and (part.found.added is None or part.found.beta == 0)
     static = all(map(_is_static, (part.one, part.other, part.found.node)))
     return part if plain and static and {*part.labels} <= {*part.joinable, ""} else None
 
 
-def _aligned(make: Maker, part: _Part) -> fx.Node:
+def aligned(make: Maker, part: Part) -> fx.Node:
     """The part as [batch ..., keys, depth], expanded where it has no dimension of its own, in the type of its product."""
-    node, own, labels = _cast(make, part.other), list(part.labels), part.joinable
+    node, own, labels = cast(make, part.other), list(part.labels), part.joinable
     sizes = dict(zip(part.found.out_labels, shape(part.found.node), strict=True))
     for at in reversed([at for at, label in enumerate(own) if label not in labels]):
         node = make(aten.squeeze.dim, node, at)
@@ -233,7 +233,7 @@ def _aligned(make: Maker, part: _Part) -> fx.Node:
     return node if list(shape(node)) == full else make(aten.expand.default, node, full)
 
 
-def _cast(make: Maker, node: fx.Node) -> fx.Node:
+def cast(make: Maker, node: fx.Node) -> fx.Node:
     """A factor in the type of the product, to which only autocast casts."""
     dtype = fake(make.like).dtype
     return node if fake(node).dtype == dtype else make(aten.to.dtype, node, dtype)
@@ -260,7 +260,7 @@ def _total(products: Sequence[fx.Node]) -> fx.Node | None:
     return None
 
 
-def _may_move(nodes: Sequence[fx.Node], place: fx.Node) -> bool:
+def may_move(nodes: Sequence[fx.Node], place: fx.Node) -> bool:
     """Whether pure nodes, read by nothing but each other and `place`, may be computed right before it."""
     inside = {*nodes, place}
     storage = Storage(place.graph)
