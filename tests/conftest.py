@@ -3,6 +3,7 @@ operators of the small attentions of tests too."""
 
 import os
 import shutil
+import sys
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
@@ -55,6 +56,10 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sma
     if request.node.get_closest_marker("lenient") is not None:
         return
     from attnfuse.options import Options
+    from attnfuse.passes import decide
+
+    # what becomes of an attention is the same on every machine
+    monkeypatch.setattr(sys.modules[decide.__module__], "has_narrow_products", lambda: False)
 
     parse = Options.parse
 

@@ -118,10 +118,26 @@ def a_product_of_weights(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor
 
 
 @left("AF023", "AF023")
-def dropped_together(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
-    """One dropout of the difference is not one of each term."""
+def rectified(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
+    return ((q @ k.mT).softmax(-1) - factor * (q2 @ k2.mT).softmax(-1)).relu() @ v
+
+
+@left("AF023")
+def a_factor_over_the_weights(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
+    return (factor / (q @ k.mT).softmax(-1)) @ v
+
+
+@left("AF023", "AF023")
+def an_output_of_other_strides(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
+    """Of values that all batches share."""
     weights = (q @ k.mT).softmax(-1) - factor * (q2 @ k2.mT).softmax(-1)
-    return torch.nn.functional.relu(weights) @ v
+    return torch.einsum("bhmn,hnd->bhmd", weights, v[0]).permute(1, 0, 2, 3).view(4, -1, 4)
+
+
+@left("AF021")
+def some_entries(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
+    weights = (torch.stack((q, q2, q2), 2) @ torch.stack((k, k2, k), 2).mT).softmax(-1)
+    return (weights[:, :, 0] - factor * weights[:, :, 1]) @ v
 
 
 @left("AF023", "AF023")

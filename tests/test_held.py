@@ -23,6 +23,7 @@ from tests.harness import check, compare
 INF = -math.inf
 MIN = torch.finfo(torch.float32).min
 N = 48
+TEMPERATURES = torch.tensor([0.5, 0.75]).view(2, 1, 1)
 Attention = Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]
 
 
@@ -33,6 +34,14 @@ def qkv(length: int = N, dtype: torch.dtype = torch.float32) -> tuple[Tensor, ..
 
 def added(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
     return (q @ k.mT * 0.5 + mask).softmax(-1) @ v
+
+
+def softcapped(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (2.0 * torch.tanh(q @ k.mT * 0.25) + mask).softmax(-1) @ v
+
+
+def with_temperatures(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    return (q @ k.mT * TEMPERATURES + mask).softmax(-1) @ v
 
 
 def given_to_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -72,20 +81,36 @@ def compiled_for(attention: Attention, mask: Tensor, *inputs: Tensor) -> tuple[C
 
 
 @pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
-@pytest.mark.parametrize("attention", [added, given_to_sdpa])
+@pytest.mark.parametrize(
+    ("attention", "body"),
+    [
+        (added, "s*0.5"),
+        (given_to_sdpa, "s*0.5"),
+        (softcapped, "tanh(s*0.25)*2.0"),
+        (with_temperatures, "s*bias[h]"),
+    ],
+)
 @pytest.mark.parametrize("fill", [INF, MIN])
-def test_a_mask_that_was_seen_is_right_for_any_that_follow(attention: Attention, fill: float, small: str) -> None:
+def test_a_mask_that_was_seen_is_right_for_any_that_follow(
+    attention: Attention, body: str, fill: float, small: str
+) -> None:
     mask = window(fill)
     compiled, report = compiled_for(attention, mask, *qkv())
-    empty = "-inf" if attention is added else "0row"
+    empty = "0row" if attention is given_to_sdpa else "-inf"
     tiers = f"where bias[m, n] != -inf else {empty}"
     tiers += f" where bias[m, n] != {MIN} else +min" if fill == MIN else ""
-    assert [remark.score for remark in report.remarks] == [f"s*0.5 + bias[m, n] {tiers}"]
+    (remark,) = report.remarks
+    assert str(remark.score).replace("bias2", "bias") == f"{body} + bias[m, n] {tiers}"
     for other in other_masks():
         mask.copy_(other)
         # the kernel that PyTorch has gives rows of least numbers as many times the gradient as there are keys
         least = bool((other < -1e38).all(-1).any())
-        compare(lambda q, k, v: attention(q, k, v, mask), compiled, *qkv(), gradients=attention is added or not least)
+        compare(
+            lambda q, k, v: attention(q, k, v, mask),
+            compiled,
+            *qkv(),
+            gradients=attention is not given_to_sdpa or not least,
+        )
 
 
 @pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
@@ -109,6 +134,50 @@ def test_a_narrow_mask_is_one_of_its_own_least_number() -> None:
     for dtype in (torch.bfloat16, torch.float32):
         (remark,) = check(lambda q, k, v: added(q, k, v, mask), *qkv(dtype=dtype)).remarks
         assert f"where bias[m, n] != {least} else +min" in str(remark.score)
+
+
+@pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
+def test_the_least_number_of_float64(small: str) -> None:
+    least = torch.finfo(torch.float64).min
+    mask = window(least, dtype=torch.float64)
+    mask[4] = least
+    (remark,) = check(lambda q, k, v: added(q, k, v, mask), *qkv(dtype=torch.float64)).remarks
+    assert str(remark.score).endswith(f"where bias[m, n] != {least} else +min")
+
+
+@pytest.mark.parametrize("small", ["operator", "inline"], indirect=True)
+def test_masks_of_rows_and_of_keys(small: str) -> None:
+    """Where both are finfo.min the sum is -inf."""
+    rows, keys = torch.zeros(2, 1, N, 1), torch.zeros(2, 1, 1, N)
+    rows[1, :, 40:], keys[1, ..., 40:] = MIN, MIN
+
+    def both(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT * 0.5 + rows + keys).softmax(-1) @ v
+
+    torch._dynamo.reset()
+    compiled = torch.compile(both, backend="attnfuse", options={"downstream": "aot_eager"})
+    compare(both, compiled, *qkv())
+    rows[1], keys[1] = MIN, MIN
+    q, k, v = qkv()
+    actual, expected = compiled(q, k, v), both(q, k, v)
+    assert torch.equal(actual.isnan(), expected.isnan())
+    assert expected[1].isnan().all()
+
+
+def test_the_log_sum_exp_of_a_row_of_numbers_like_fills() -> None:
+    """A float32 mask of -inf that later holds bfloat16's least number."""
+    least = torch.finfo(torch.bfloat16).min
+
+    def with_sums(q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+        scores = q @ k.mT * 0.5 + mask
+        return scores.softmax(-1) @ v, scores.logsumexp(-1)
+
+    mask = window(INF)
+    torch._dynamo.reset()
+    compiled = torch.compile(with_sums, backend="attnfuse", options={"downstream": "aot_eager"})
+    compiled(*qkv())
+    mask[5] = least
+    assert torch.equal(compiled(*qkv())[1][..., 5], torch.full((2, 2), least))
 
 
 def test_least_numbers_that_a_softmax_rounds_to_infinity() -> None:

@@ -16,7 +16,6 @@ NOT_FUSED = {
     "powers_of_two": "powers of two in place of exponentials",
     "clamped_and_shifted_globally": "scores clamped after the greatest of all was taken off",
     "not_a_number_to_zero": "NaN of the inputs becomes zero too",
-    "head_mask_on_weights": "weights multiplied by a number a head",
     "tensordot_single_head": "tensordot",
     "memory_as_linear_layers": "scores made by a linear layer",
     "inner_single_head": "inner",
@@ -24,7 +23,6 @@ NOT_FUSED = {
     "multiply_and_sum": "scores made by a sum of products over an axis",
     "off_by_one": "a constant added to the sum",
     "two_sources_one_softmax": "one softmax over two products",
-    "difference_of_two": "one product with the values for two softmaxes",
     "online_softmax": "a softmax over pieces, put together",
 }
 

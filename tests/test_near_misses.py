@@ -320,16 +320,6 @@ def weights_renormalised_over_the_queries(q: Tensor, k: Tensor, v: Tensor) -> Te
     return F.normalize((q @ k.mT).softmax(-1), p=1.0, dim=-2) @ v
 
 
-@near_miss("AF023", inputs=given(randn(4, 1, 1)))
-def head_mask(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
-    return ((q @ k.mT).softmax(-1) * mask) @ v
-
-
-@near_miss("AF023")
-def weights_doubled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT).softmax(-1) * 2) @ v
-
-
 @near_miss("AF023")
 def weights_detached(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT).softmax(-1).detach() @ v
@@ -452,11 +442,6 @@ def scores_plus_transposed_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
 @near_miss("bias: f32[:, :, :, :]; s - bias[b, h, m, n]")
 def difference_of_two_products(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (q @ k.mT - k @ q.mT).softmax(-1) @ v
-
-
-@near_miss("AF023", "AF023")
-def difference_of_two_softmaxes(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return ((q @ k.mT).softmax(-1) - ((q + 1) @ k.mT).softmax(-1) * 0.5) @ v
 
 
 # Fills and masks

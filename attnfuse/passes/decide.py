@@ -22,7 +22,7 @@ from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Choice, Refusal, choose
-from attnfuse.templates.inline import Inline
+from attnfuse.templates.inline import Inline, has_narrow_products
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
@@ -107,6 +107,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
+        narrow_products=q.device.type == "cpu" and has_narrow_products(),
     )
 
 

@@ -4,8 +4,8 @@
     (w[:, :, 0] - c * w[:, :, 1]) @ v           out = w @ v[:, :, None];  out[:, :, 0] - c * out[:, :, 1]
 
 Each softmax is then an attention by itself (differential attention, Ye et al. 2024; gates of heads and rows).  `c` is a number, or
-a tensor that does not depend on the key.  A softmax that is not fused in the end is left as it was, see `join`: also a small one,
-for which a product more costs more than it saves.
+a finite tensor that does not depend on the key.  A softmax that is not fused in the end is left as it was, see `join`, among them
+small ones: a product more costs more than it saves.
 """
 
 from __future__ import annotations
@@ -94,6 +94,10 @@ def _distributed(part: Part, leave: Container[str]) -> bool:
             else:
                 total = make(aten.sub.Tensor if negative else aten.add.Tensor, total, out)
     assert total is not None
+    if fake(total).stride() != fake(product).stride():
+        # somebody may see them
+        erase(graph, [total])
+        return False
     product.replace_all_uses_with(total)
     erase(graph, [product])
     for softmax in softmaxes:
@@ -104,10 +108,14 @@ def _distributed(part: Part, leave: Container[str]) -> bool:
 
 
 def _are_whole(terms: Sequence[_Term]) -> bool:
-    """Whether all entries are summed of what only some entries are read of."""
-    of_entries = Counter(term.weights for term in terms if term.dim is not None)
-    dims = {(term.weights, term.dim) for term in terms}
-    return all(len(x.users) == count for x, count in of_entries.items()) and len({x for x, _ in dims}) == len(dims)
+    """Whether of each tensor of which entries are summed all entries are, along one dimension, and nobody else reads one."""
+    reads = Counter(term.weights for term in terms if term.dim is not None)
+    entries = {weights: {(t.dim, t.at) for t in terms if t.weights is weights} for weights in reads}
+    return all(
+        len(weights.users) == count and entries[weights] == {(dim, at) for at in range(int(shape(weights)[dim]))}
+        for weights, count in reads.items()
+        for dim in (next(t.dim for t in terms if t.weights is weights and t.dim is not None),)
+    )
 
 
 _STEPS: Final = {
@@ -120,8 +128,8 @@ _STEPS: Final = {
 
 def _terms(node: fx.Node, inner: list[fx.Node]) -> Iterator[_Term]:
     """The terms of a sum whose parts nobody else reads; notes its operators in `inner`."""
-    args = bound(node) if packet(node) in ("add", "sub", "mul", "div", "neg", "select") else {}
     name = packet(node)
+    args = bound(node) if name in ("add", "sub", "mul", "div", "neg", "select") else {}
     if args and (len(node.users) > 1 or not fake(node).dtype.is_floating_point):
         yield _Term(node)
     elif name in ("add", "sub") and args["alpha"] == 1 and all(_is_alike(args[x], node) for x in ("self", "other")):
@@ -137,15 +145,20 @@ def _terms(node: fx.Node, inner: list[fx.Node]) -> Iterator[_Term]:
         inner.append(node)
         for term in _terms(pair[0], inner):
             yield term.then(name, pair[1])
-    elif name == "select" and args["dim"] % (len(shape(node)) + 1) < len(shape(node)) - 1:
-        dim = args["dim"] % (len(shape(node)) + 1)
-        at, size = args["index"], shape(args["self"])[dim]
-        known = isinstance(at, int) and isinstance(size, int) and all(packet(x) == "select" for x in args["self"].users)
-        if known:
-            inner.append(node)
-        yield _Term(args["self"], dim, at % size) if known else _Term(node)
+    elif name == "select" and (entry := _entry(args)) is not None:
+        inner.append(node)
+        yield entry
     else:
         yield _Term(node)
+
+
+def _entry(args: dict[str, Any]) -> _Term | None:
+    """One entry along a dimension before those of rows and keys, of a tensor that nothing but selections read."""
+    source, at = args["self"], args["index"]
+    dim = args["dim"] % len(shape(source))
+    size = shape(source)[dim]
+    known = dim < len(shape(source)) - 2 and isinstance(at, int) and isinstance(size, int)
+    return _Term(source, dim, at % size) if known and all(packet(x) == "select" for x in source.users) else None
 
 
 def _is_alike(arg: object, node: fx.Node) -> bool:
@@ -154,15 +167,14 @@ def _is_alike(arg: object, node: fx.Node) -> bool:
 
 def _factor(node: fx.Node, args: dict[str, Any]) -> tuple[fx.Node, Any] | None:
     """The weights, and the factor or divisor that is the same for all keys."""
-    for weights, factor in ((args["self"], args["other"]), (args["other"], args["self"])):
+    pairs = [(args["self"], args["other"]), (args["other"], args["self"])]
+    for weights, factor in pairs[:1] if packet(node) == "div" else pairs:
         if args.get("rounding_mode") is not None or not _is_alike(weights, node):
             continue
         if not is_tensor(factor):
             return (weights, factor) if isinstance(factor, int | float) else None
         if not shape(factor) or shape(factor)[-1] == 1:
             return weights, factor
-        if packet(node) == "div":
-            return None
     return None
 
 

@@ -38,7 +38,7 @@ from attnfuse.score import (
     loads,
     walk,
 )
-from attnfuse.templates.affine import constant
+from attnfuse.templates.affine import MINIMA, added_mask, constant
 
 
 class Miss(Exception):
@@ -51,12 +51,11 @@ class Miss(Exception):
         self.facts: dict[str, object] = {**({"why": why} if why else {}), **facts}
 
 
-# The finite fills that are masks: finfo.min of the type of the scores; bfloat16's also where they were cast to float32 since.
-# float16's is not among them: scores move it, so that rows without an allowed key are not uniform.
+# The finite fills that are masks, by the type of the scores; bfloat16's also where they were cast to float32 since.
 _MINIMA: Final = {
-    torch.float64: (torch.finfo(torch.float64).min,),
-    torch.float32: (torch.finfo(torch.float32).min, torch.finfo(torch.bfloat16).min),
-    torch.bfloat16: (torch.finfo(torch.bfloat16).min,),
+    torch.float64: (MINIMA[torch.float64],),
+    torch.float32: (MINIMA[torch.float32], MINIMA[torch.bfloat16]),
+    torch.bfloat16: (MINIMA[torch.bfloat16],),
 }
 
 
@@ -130,25 +129,9 @@ def program_of(
         attempts = [of_once, lambda load: of_once(load) & {-math.inf}, _holds_none]
     for masks in attempts:
         body, tiers = _peeled(expr, dtype, masks)
-        minimal = [tier for tier in tiers if tier.fill in ("+min", "=min")]
-        if tiers and (
-            not minimal or _min_is_least(expr, body, tiers, dtype, _greatest_beside(minimal, dtype, greatest, read))
-        ):
+        if tiers and _min_is_least(expr, body, tiers, dtype, greatest):
             return Program(only_finite(body), tuple(tiers))
     return Program(only_finite(expr))
-
-
-def _greatest_beside(
-    tiers: Sequence[Tier], dtype: torch.dtype, greatest: Callable[[Load], float], read: Mapping[Load, int]
-) -> Callable[[Load], float]:
-    """How large leaves are where no tier of finfo.min masks. One that is itself the only such mask is greater there than finfo.min,
-    by more than scores are; beside another mask it might be what makes -inf of that one's finfo.min."""
-    known = None
-    if len(tiers) == 1 and isinstance(tiers[0].allowed, Call) and tiers[0].allowed.op == "ne":
-        leaf, least = tiers[0].allowed.args
-        if isinstance(leaf, Load) and read.get(leaf) == 1 and _fill(least, dtype) == "min":
-            known = leaf
-    return lambda load: 0.0 if load == known else greatest(load)
 
 
 def only_finite(body: Expr) -> Expr:
@@ -163,15 +146,29 @@ def _min_is_least(
     expr: Expr, body: Expr, tiers: Sequence[Tier], dtype: torch.dtype, greatest: Callable[[Load], float]
 ) -> bool:
     """Whether keys filled with finfo.min are certainly the least of a row: one fill for all of them, and nothing in the body that
-    may be as low or lower (a dense additive mask, -inf by rounding)."""
+    may be as low or lower (a dense additive mask, -inf by rounding).
+
+    An added leaf that is itself the mask is greater than finfo.min in other cells, by more than scores are. Beside another mask it
+    might make -inf of that one's finfo.min.
+    """
+    minimal = [tier for tier in tiers if tier.fill in ("+min", "=min")]
+    if not minimal:
+        return True
+    masks = {mask for tier in minimal if (mask := added_mask(tier)) is not None and mask in walk(body)}
+    if masks and (len(minimal) > 1 or sum(e in masks for e in walk(expr)) > 1):
+        return False
     given = (e for x in (expr, *(tier.allowed for tier in tiers)) for e in walk(x))
     fills = {e.value for e in given if isinstance(e, Const) and e.value in _MINIMA.get(dtype, ())}
     inside = [*walk(body)]
     low = any(isinstance(e, Const) and abs(e.value) > _ABSORBED for e in inside)
     rounded = any(isinstance(e, Call) and e.op in ROUNDINGS for e in inside)
-    # what is added to whole rows masks no key, unless their masked ones are replaced
-    by_row = all(tier.fill != "=min" for tier in tiers)
-    return len(fills) == 1 and not low and not rounded and _stays_common(body, greatest, by_row=by_row)
+    # what is added to whole rows masks no key, unless their masked ones are replaced, or their mask is a sum with it
+    by_row = not masks and all(tier.fill != "=min" for tier in tiers)
+
+    def beside(load: Load) -> float:
+        return 0.0 if load in masks else greatest(load)
+
+    return len(fills) == 1 and not low and not rounded and _stays_common(body, beside, by_row=by_row)
 
 
 # Factors up to this make nothing of a score that finfo.min would be lost among.

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from functools import lru_cache
 from typing import Final, NamedTuple
 
+import torch
+
 from attnfuse.score import (
     INDICES,
     SIZES,
@@ -14,6 +16,7 @@ from attnfuse.score import (
     Call,
     Const,
     Expr,
+    Load,
     Program,
     S,
     Tier,
@@ -24,8 +27,8 @@ from attnfuse.score import (
     substitute,
 )
 
-# finfo.min of float32 and of bfloat16
-_MINIMA: Final = (-(2.0**128 - 2.0**104), -(2.0**128 - 2.0**120))
+MINIMA: Final = {x: torch.finfo(x).min for x in (torch.float64, torch.float32, torch.bfloat16)}
+"""The finite fills that are masks, by type. float16's is not among them: scores move it."""
 _ONE: Final = Const(1.0)
 _MINUS_ONE: Final = Const(-1.0)
 
@@ -72,13 +75,30 @@ def affine(body: Expr) -> Affine | None:
     return None
 
 
+def added_mask(tier: Tier) -> Load | None:
+    """The load that a tier of `+min` tells apart from finfo.min: a mask that the body adds, see `peel.program_of`."""
+    allowed = tier.allowed
+    if tier.fill != "+min" or not isinstance(allowed, Call) or allowed.op != "ne":
+        return None
+    mask, fill = allowed.args
+    return mask if isinstance(mask, Load) and any(fill == Const(x) for x in MINIMA.values()) else None
+
+
+def least_added(tier: Tier) -> float | None:
+    """The finfo.min that a tier tells apart, where it is such a mask."""
+    if added_mask(tier) is None:
+        return None
+    assert isinstance(tier.allowed, Call)
+    return constant(tier.allowed.args[1])
+
+
 def is_sum(tier: Tier, body: Expr) -> bool:
-    """Whether a tier says no more than what the body adds already: -inf, or finfo.min, of which no score is a digit."""
+    """Whether a tier says no more than what the body adds already, in float32: -inf, or finfo.min, of which no score is a digit."""
     form = affine(body)
     allowed = tier.allowed
     if form is None or not isinstance(allowed, Call) or allowed.op != "ne" or tier.fill == "=min":
         return False
-    fills = _MINIMA if tier.fill == "+min" else (-math.inf,)
+    fills = (MINIMA[torch.float32], MINIMA[torch.bfloat16]) if tier.fill == "+min" else (-math.inf,)
     return allowed.args[0] in _terms(form.bias) and any(allowed.args[1] == Const(fill) for fill in fills)
 
 

@@ -27,6 +27,7 @@ class Target(NamedTuple):
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
         inline_scores: up to how many scores a head (M·N) an attention may be written out; 0 where it may not, as where sizes
             are symbolic.
+        narrow_products: whether matrix products of bfloat16 are faster there than the library's kernel of it.
     """
 
     device: str
@@ -37,6 +38,7 @@ class Target(NamedTuple):
     unit_stride: bool = True
     arch: str = ""
     inline_scores: int = 0
+    narrow_products: bool = False
 
 
 class Tiles(NamedTuple):

@@ -21,7 +21,7 @@ from torch import Tensor
 from attnfuse.score import Load, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import diagonals, tile_lists
-from attnfuse.templates.affine import affine, constant, is_sum, where_allowed
+from attnfuse.templates.affine import affine, constant, is_sum, least_added, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
@@ -532,6 +532,7 @@ class _Direct(NamedTuple):
         given: instead, which leaf is the bias as it stands, and its axes.
         masks: whether that leaf is the mask too.
         dead: what rows are in which every score is -inf.
+        least: the finfo.min that the mask may hold.
     """
 
     scale: float
@@ -541,6 +542,7 @@ class _Direct(NamedTuple):
     given: tuple[int, tuple[int, ...]] | None = None
     masks: bool = False
     dead: float = math.nan
+    least: float | None = None
 
 
 @lru_cache(maxsize=1024)
@@ -554,7 +556,17 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
     given = _given(spec)
     if given is not None and all(is_sum(tier, where_allowed(spec.program)) for tier in spec.program.tiers):
         dead = 0.0 if any(tier.fill == "0row" for tier in spec.program.tiers) else math.nan
-        return _Direct(plan.scale, False, False, None, given, masks=bool(spec.program.tiers), dead=dead)
+        least = [fill for tier in spec.program.tiers if (fill := least_added(tier)) is not None]
+        return _Direct(
+            plan.scale,
+            False,
+            False,
+            None,
+            given,
+            masks=bool(spec.program.tiers),
+            dead=dead,
+            least=min(least, default=None),
+        )
     if mask.starts or mask.ends or mask.by_batch or not mask.from_indices:
         return None
     if plan.bias is not None and shape.M > plan.rows:
@@ -581,13 +593,13 @@ def _given(spec: AttentionSpec) -> tuple[int, tuple[int, ...]] | None:
 
 
 class _Whole(NamedTuple):
-    """The arguments of one call of the kernel, what rows get in which every score is -inf, and whether the mask may hold minima."""
+    """The arguments of one call of the kernel, what rows get in which every score is -inf, and the finfo.min of the mask."""
 
     scale: float
     causal: bool
     mask: Tensor | None
     dead: float
-    minimal: bool = False
+    least: float | None = None
 
 
 def _serves(inputs: Inputs) -> _Whole | None:
@@ -615,7 +627,7 @@ def _serves(inputs: Inputs) -> _Whole | None:
             if _share_of_empty(kinds) > _EMPTY_SHARE:
                 return None
         mask = mask[tuple(slice(None) if axis in axes else None for axis in range(4))].expand(B, H, M, N)
-        return _Whole(found.scale, False, mask, found.dead, minimal=found.masks)
+        return _Whole(found.scale, False, mask, found.dead, found.least)
     if found.padded:
         for value in mask_of(inputs.text).padding_of(block_of(inputs, cells[0], (0, 1), (0, 1), cells[3])):
             if not (bool(value.all()) if isinstance(value, Tensor) else value):
@@ -636,9 +648,9 @@ def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
     if found.mask is not None and bool((lse == 0).any()):
         out, lse = _without_the_dead(out, lse, found.mask, causal=found.causal, value=found.dead)
-    if found.minimal:
+    if found.least is not None:
         # rows of nothing else, whose log-sum-exp is what was added
-        lse = lse.masked_fill(lse == torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min)
+        lse = lse.masked_fill(lse == found.least, torch.finfo(torch.float32).min)
     return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
 
 

@@ -7,16 +7,41 @@ costs more than the memory traffic that it saves.  `Inline` never runs in the op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import lru_cache
-from typing import NamedTuple
+from functools import cache, lru_cache
+from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
+from attnfuse.score import Const, Expr, call, substitute
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
-from attnfuse.templates.affine import is_sum
+from attnfuse.templates.affine import added_mask, is_sum
 from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
+
+# In bfloat16, where its products are fast, an attention of so many times more scores is still faster written out.
+_MORE_IN_BFLOAT16: Final = 4
+
+
+@cache
+def has_narrow_products() -> bool:
+    """Whether this processor multiplies bfloat16 in vectors, which the library's flash kernel does not use, and has no tiles (AMX)
+    that it would use.
+
+    The kernel takes there as long as in float32. Ms of it and of a model's own products written out (those of a call of
+    `scaled_dot_product_attention` keep q and k in float32, and gain less), forward and with the backward (D 64, bfloat16, 2 cores
+    of an AMD EPYC): 2 x 8 heads of 128 rows 0.7 and 0.3, 3.3 and 0.9; 4 x 12 of 256 rows 6.4 and 2.5, 21 and 7; 4 x 12 of 512 rows
+    under a causal mask 21 and 11 to 41, 62 and 44 to 78.
+    """
+    # neither public nor the same in all versions
+    vectors, tiles = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
+    return vectors is not None and tiles is not None and bool(vectors()) and not tiles()
+
+
+def most_scores(target: Target) -> int:
+    """Up to how many scores a head attentions are written out."""
+    narrow = target.dtype == "bf16" and target.narrow_products
+    return target.inline_scores * (_MORE_IN_BFLOAT16 if narrow else 1)
 
 
 class Inline:
@@ -25,16 +50,14 @@ class Inline:
     name = "inline"
 
     def reasons_against(self, spec: AttentionSpec, shape: Shape, target: Target) -> tuple[str, ...]:
-        """More scores than `target.inline_scores`, dropout, sinks, other devices than the CPU."""
+        """More scores than `most_scores`, sinks, other devices than the CPU."""
         reasons = []
-        if shape.M * shape.N > target.inline_scores:
-            reasons.append(f"{shape.M * shape.N} scores a head, written out up to {target.inline_scores}")
+        if shape.M * shape.N > most_scores(target):
+            reasons.append(f"{shape.M * shape.N} scores a head, written out up to {most_scores(target)}")
         if target.device != "cpu":
             reasons.append(f"device {target.device}, written out on cpu")
         if target.lse:
             reasons.append("lse asked for, the nodes give none")
-        if spec.dropout:
-            reasons.append(f"dropout {spec.dropout}, written out without")
         if spec.program.sink is not None:
             reasons.append("a sink, written out without")
         return tuple(reasons)
@@ -53,8 +76,11 @@ class _Compiled(NamedTuple):
 @lru_cache(maxsize=1024)
 def _compiled(text: str) -> _Compiled:
     spec = parse_spec(text)
-    body = spec.program.body
-    tiers = [tier for tier in spec.program.tiers if not is_sum(tier, body)]
+    tiers = [tier for tier in spec.program.tiers if not is_sum(tier, spec.program.body)]
+    # what is added once more below is left out: two times finfo.min is -inf
+    masks = [(tier.allowed, mask) for tier in tiers if (mask := added_mask(tier)) is not None]
+    twice: dict[Expr, Expr] = {mask: call("where", allowed, mask, Const(0.0)) for allowed, mask in masks}
+    body = substitute(spec.program.body, twice)
     allowed = Evaluator(spec, [tier.allowed for tier in tiers], pure=True)
     return _Compiled(Evaluator(spec, [body], pure=True), tuple(tier.fill for tier in tiers), allowed)
 
@@ -100,6 +126,8 @@ def written_out(
         weights = torch.where(empty, 0.0, torch.softmax(torch.where(empty, 0.0, x), -1))
     else:
         weights = torch.softmax(x, -1)
+    if spec.dropout:
+        weights = torch.dropout(weights, spec.dropout, train=True)
     return (weights.to(v.dtype).reshape(B, Hkv, rows, N) @ v).view(B, H, M, v.shape[3])
 
 
