@@ -77,7 +77,8 @@ def results(
     """Outputs by name and, in training, the gradients of a weighted sum of them; `dynamo` is as in an entry."""
     model.zero_grad()
     # BigBird seeds numpy for its random blocks; by default Dynamo draws others
-    settings = torch._dynamo.config.patch(use_numpy_random_stream=True, **(dynamo or {}))
+    known = {key: value for key, value in (dynamo or {}).items() if hasattr(torch._dynamo.config, key)}
+    settings = torch._dynamo.config.patch(use_numpy_random_stream=True, **known)
     with torch.set_grad_enabled(training), settings:
         outs = outputs(model, given)
         found = {f"output {at}": out.detach() for at, out in enumerate(outs)}

@@ -50,7 +50,7 @@ class Entry:
     float64: bool = True
     """Whether the model runs in float64; some insist on float32 by name."""
     dynamo: Mapping[str, object] = field(default_factory=dict)
-    """Settings of torch._dynamo.config that the model is compiled under, with stock Inductor too."""
+    """Settings of torch._dynamo.config, those of them that it has, that the model is compiled under, with stock Inductor too."""
     needs: str = "transformers"
     note: str = ""
 
