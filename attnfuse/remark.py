@@ -77,7 +77,7 @@ CODES: Final[dict[str, Code]] = {
         "the attention weights are used elsewhere",
         "The softmax's result is returned or read by a second operation, so it has to exist in memory.",
         "Do not return or keep the weights: set output_attentions=False, remove hooks and probes that read them. Where a graph"
-        " breaks within a call, torch._dynamo.config.nested_graph_breaks = True keeps what only the callers drop.",
+        " breaks within a call, torch._dynamo.config.nested_graph_breaks = True leaves out what its callers drop.",
     ),
     "AF022": Code(
         "missed",
@@ -177,7 +177,7 @@ CODES: Final[dict[str, Code]] = {
         "They have to exist in memory all the same, and a kernel beside them was measured to be slower than the operations as they"
         " stand, in bfloat16 and in training.",
         "Do not return or keep the weights: set output_attentions=False, remove hooks and probes that read them. Where a graph"
-        " breaks within a call, torch._dynamo.config.nested_graph_breaks = True keeps what only the callers drop.",
+        " breaks within a call, torch._dynamo.config.nested_graph_breaks = True leaves out what its callers drop.",
     ),
     "AF038": Code(
         "declined",
