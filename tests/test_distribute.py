@@ -1,5 +1,6 @@
 """Sums of weights and weights times a factor before the values: each softmax is fused by itself and right, near misses stay."""
 
+import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -7,6 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from attnfuse.passes import decide
 from tests.harness import check, qkv, randn, report_of, verdict
 
 Given = tuple[Tensor, ...]
@@ -173,8 +175,18 @@ def test_small_ones_are_left_alone(small: str) -> None:
     assert [remark.kind for remark in gated.remarks] == ["fused"]
 
 
+@pytest.mark.parametrize("narrow", [False, True])
+def test_in_bfloat16_more_are_small_where_its_products_are_fast(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 scores a head: sixteen times what is written out is less, or four times as much is not."""
+    monkeypatch.setattr(sys.modules[decide.__module__], "has_narrow_products", lambda: narrow)
+    for dtype in (torch.bfloat16, torch.float32):
+        remarks = check(difference, *given(dtype), options={"inline_scores": 1}, gradients=False).remarks
+        left = narrow and dtype == torch.bfloat16
+        assert [remark.kind for remark in remarks] == ["declined" if left else "fused"] * 2
+
+
 def test_dropout_of_each_term() -> None:
-    """As in eager, each has its own mask."""
+    """Each is an attention with a dropout of its own."""
 
     def dropped(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
         first, second = (torch.dropout((x @ y.mT).softmax(-1), 0.5, True) for x, y in ((q, k), (q2, k2)))
@@ -182,3 +194,4 @@ def test_dropout_of_each_term() -> None:
 
     report = report_of(dropped, *given())
     assert [remark.code for remark in report.remarks] == ["AF000", "AF000"]
+    assert all(verdict(remark).startswith("dropout 0.5;") for remark in report.remarks)

@@ -22,7 +22,7 @@ from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Choice, Refusal, choose
-from attnfuse.templates.inline import Inline, has_narrow_products
+from attnfuse.templates.inline import Inline, has_narrow_products, most_scores
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
@@ -71,7 +71,7 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
     if (
         SUMMED in site.anchor.meta
-        and what.shape.M * what.shape.N <= _SUM * target.inline_scores
+        and what.shape.M * what.shape.N <= _SUM * most_scores(target)
         and target.device == "cpu"
     ):
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
