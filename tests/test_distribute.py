@@ -195,3 +195,13 @@ def test_dropout_of_each_term() -> None:
     report = report_of(dropped, *given())
     assert [remark.code for remark in report.remarks] == ["AF000", "AF000"]
     assert all(verdict(remark).startswith("dropout 0.5;") for remark in report.remarks)
+
+
+def test_a_dropout_of_the_difference_is_none_of_its_terms() -> None:
+    """What it drops it drops of both."""
+
+    def dropped(q: Tensor, k: Tensor, v: Tensor, q2: Tensor, k2: Tensor, factor: Tensor) -> Tensor:
+        weights = (q @ k.mT).softmax(-1) - factor * (q2 @ k2.mT).softmax(-1)
+        return torch.dropout(weights, 0.5, True) @ v
+
+    assert [remark.kind for remark in report_of(dropped, *given()).remarks] == ["missed", "missed"]
