@@ -68,3 +68,24 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sma
         return parse(mode, {**forced, **(options or {})})
 
     monkeypatch.setattr(Options, "parse", strictly)
+
+
+@pytest.fixture
+def library(monkeypatch: pytest.MonkeyPatch) -> None:
+    """PyTorch's kernels for the CPU, as on processors for which attnfuse has none."""
+    from attnfuse.templates import native
+
+    for name in ("serves", "differentiates"):
+        monkeypatch.setattr(native, name, lambda dtype: False)
+
+
+@pytest.fixture(params=["ours", "library"])
+def kernel(request: pytest.FixtureRequest) -> str:
+    """Each kernel for the CPU in turn."""
+    from attnfuse.templates import native
+
+    if request.param == "library":
+        request.getfixturevalue("library")
+    elif native.about().startswith("PyTorch's"):
+        pytest.skip(f"attnfuse's kernel is not for this machine: {native.about()}")
+    return str(request.param)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.spec import Shape
-from attnfuse.templates import cover, flash_step, tile_lists
+from attnfuse.templates import cover, flash_kernel, flash_step, tile_lists
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Tiles
 from attnfuse.templates.keys import Keys
@@ -33,18 +33,18 @@ MASKS = {
 def calls(monkeypatch: pytest.MonkeyPatch) -> list[tuple[int, ...]]:
     """The sizes of q in the calls of the library's forward kernel, over small blocks and tiles."""
     seen: list[tuple[int, ...]] = []
-    forward = flash_step._FORWARD
+    forward = flash_kernel._FORWARD
 
     def counted(q: Tensor, *others: Any, **named: Any) -> Any:
         seen.append(tuple(q.shape))
         return forward(q, *others, **named)
 
-    monkeypatch.setattr(flash_step, "_FORWARD", counted)
+    monkeypatch.setattr(flash_kernel, "_FORWARD", counted)
     return seen
 
 
 @pytest.fixture(autouse=True)
-def _small(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+def _small(library: None, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     monkeypatch.setattr(tile_lists, "TILES", Tiles(32, 32))
     monkeypatch.setattr(tile_lists, "_FEWEST", 4)
     monkeypatch.setattr(flash_step, "_ROWS", 32)
@@ -86,13 +86,13 @@ def test_blocks_that_are_alike_are_one_call(name: str, calls: list[tuple[int, ..
 def test_blocks_have_whole_vectors_of_keys(monkeypatch: pytest.MonkeyPatch) -> None:
     """Where that many keys lie before those that are needed, and the batch's interval of keys goes as far."""
     rows: Counter[int] = Counter()
-    kernel = flash_step._FORWARD
+    kernel = flash_kernel._FORWARD
 
     def run(q: Tensor, k: Tensor, *args: Any, **kwargs: Any) -> Any:
         rows[k.shape[2]] += q.shape[0] * q.shape[2]
         return kernel(q, k, *args, **kwargs)
 
-    monkeypatch.setattr(flash_step, "_FORWARD", run)
+    monkeypatch.setattr(flash_kernel, "_FORWARD", run)
     padded = "s*0.125 where n <= m & n > m - 200 & pad[b, n] else =min"
     for text, leaves in (("s*0.125 where n <= m & n > m - 200 else -inf", ()), (f"pad: bool[:, :]; {padded}", None)):
         shape = Shape(2, 2, 2, 1024, 1024, 16, 16)

@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnfuse.ops  # noqa: F401  (defines the operators)
 from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
-from attnfuse.templates import cover, dropout, flash_step, plain_step
+from attnfuse.templates import cover, dropout, flash_kernel, flash_step, plain_step
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.blocked import Blocked
 from tests.families import (
@@ -36,18 +36,21 @@ from tests.numerics import assert_close
 from tests.strategies import Case, cases
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("shape", SHAPES.values(), ids=SHAPES.keys())
 @pytest.mark.parametrize(("text", "leaves"), FAMILIES.values(), ids=FAMILIES.keys())
 def test_families_fp32(text: str, leaves: Leaves, shape: Shape) -> None:
     hold_to_oracle(made(text, shape, leaves(shape)))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize(("text", "leaves", "dtype"), in_types(FAMILIES, torch.bfloat16, torch.float16, torch.float64))
 def test_families_in_other_types(text: str, leaves: Leaves, dtype: torch.dtype) -> None:
     shape = SHAPES["grouped"]
     hold_to_oracle(made(text, shape, leaves(shape), dtype))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("name", ["causal", "left padding", "nested", "softcap", "dense bias", "sinks", "dropout"])
 def test_the_log_sum_exp_is_differentiable(name: str) -> None:
     text, leaves = FAMILIES[name]
@@ -55,6 +58,7 @@ def test_the_log_sum_exp_is_differentiable(name: str) -> None:
     hold_to_oracle(made(text, shape, leaves(shape)), with_lse=True)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("name", ["dense bias", "infinite bias", "two dimensions", "diagonals", "relative"])
 def test_biases_of_more_rows_than_a_block(name: str, dtype: torch.dtype) -> None:
@@ -64,6 +68,7 @@ def test_biases_of_more_rows_than_a_block(name: str, dtype: torch.dtype) -> None
     hold_to_oracle(made(text, shape, leaves(shape), dtype))
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("rows", [100, 200, 256, 300])
 @pytest.mark.parametrize("bias", ["bias[m, n]", "bias[h, n]", "bias[b, h, m, n]"])
 def test_rows_without_a_finite_score_below_a_diagonal(bias: str, rows: int) -> None:
@@ -87,6 +92,7 @@ def test_rows_without_a_finite_score_below_a_diagonal(bias: str, rows: int) -> N
     assert dq[:, :, 6:].isfinite().all()
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
 @pytest.mark.parametrize("share", [0.0, 0.5], ids=["dense", "sparse"])
 @pytest.mark.parametrize("tier", ["", " where bias[b, m, n] != -inf else 0row"])
@@ -95,13 +101,13 @@ def test_a_bias_that_is_given_for_all_cells(
 ) -> None:
     """One call of the library's kernel, unless its -inf leave out whole tiles; larger than the call, and with rows of -inf."""
     calls: list[int] = []
-    kernel = flash_step._FORWARD
+    kernel = flash_kernel._FORWARD
 
     def run(q: Tensor, *args: Any, **kwargs: Any) -> Any:
         calls.append(q.shape[2])
         return kernel(q, *args, **kwargs)
 
-    monkeypatch.setattr(flash_step, "_FORWARD", run)
+    monkeypatch.setattr(flash_kernel, "_FORWARD", run)
     x = floats(2, 700, 720)
     x[:, :, int(640 * (1 - share)) : 640] = -torch.inf
     x[1, 40] = -torch.inf
@@ -112,12 +118,13 @@ def test_a_bias_that_is_given_for_all_cells(
     hold_to_oracle(call)
 
 
+@pytest.mark.usefixtures("library")
 def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.MonkeyPatch) -> None:
     """Its gradients too, unless the log-sum-exp has too few digits."""
     calls: list[str] = []
 
     def counting(name: str) -> Callable[..., Any]:
-        kernel = getattr(flash_step, name)
+        kernel = getattr(flash_kernel, name)
 
         def run(*args: Any, **kwargs: Any) -> Any:
             calls.append(name)
@@ -126,7 +133,7 @@ def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.Monkey
         return run
 
     for name in ("_FORWARD", "_BACKWARD"):
-        monkeypatch.setattr(flash_step, name, counting(name))
+        monkeypatch.setattr(flash_kernel, name, counting(name))
     shape = Shape(2, 4, 2, 200, 270, 16, 16)
     for offset, expected in ((0.0, ["_FORWARD", "_BACKWARD"]), (-1e4, ["_FORWARD"])):
         calls.clear()
@@ -137,6 +144,7 @@ def test_a_bias_of_few_rows_is_one_call_of_the_kernel(monkeypatch: pytest.Monkey
         hold_to_oracle(call)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("fast", [True, False])
 def test_a_type_that_the_kernel_is_slow_in(monkeypatch: pytest.MonkeyPatch, fast: bool) -> None:
     """Operands are converted, in bands of blocks and in one piece, and results are those of the type."""
@@ -149,16 +157,17 @@ def test_a_type_that_the_kernel_is_slow_in(monkeypatch: pytest.MonkeyPatch, fast
 
         return run
 
-    backward = flash_step._BACKWARD
-    monkeypatch.setattr(flash_step, "_FORWARD", seeing(flash_step._FORWARD))
-    monkeypatch.setattr(flash_step, "_BACKWARD", seeing(backward))
-    monkeypatch.setattr(flash_step, "_is_slow_in", lambda dtype: dtype == torch.float16 and not fast)
+    backward = flash_kernel._BACKWARD
+    monkeypatch.setattr(flash_kernel, "_FORWARD", seeing(flash_kernel._FORWARD))
+    monkeypatch.setattr(flash_kernel, "_BACKWARD", seeing(backward))
+    monkeypatch.setattr(flash_kernel, "is_slow_in", lambda dtype, backward: dtype == torch.float16 and not fast)
     for text in ("s*0.125", "s*0.125 where n <= m & n > m - 60 else -inf", "s*0.125 + 0.25*m where n < m else =min"):
         types.clear()
         hold_to_oracle(made(text, Shape(2, 4, 2, 400, 400, 16, 16), (), torch.float16))
         assert types == {torch.float16 if fast else torch.float32}
 
 
+@pytest.mark.usefixtures("kernel")
 def test_sizes_of_the_call() -> None:
     shape = SHAPES["short"]
     hold_to_oracle(made("s*0.125 where n <= m + i0 & n > m + i0 - i1 else -inf", shape, sizes=(30, 20)))
@@ -178,6 +187,7 @@ def blocks(rows: int, cells: int) -> Iterator[None]:
         yield
 
 
+@pytest.mark.usefixtures("library")
 @given(cases(), st.sampled_from(((3, 16), (4, 60), (64, 1 << 20))))
 @settings(max_examples=120)
 def test_random_programs_in_blocks_of_any_size(case: Case, size: tuple[int, int]) -> None:
@@ -241,6 +251,7 @@ def test_nothing_of_one_size(text: str, empty: str) -> None:
     assert not any(g.isnan().any() for g in grads)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("order", [(0, 1, 2, 3), (0, 2, 1, 3), (2, 0, 1, 3), (3, 1, 0, 2)], ids=str)
 @pytest.mark.parametrize("layout", LAYOUTS.values(), ids=LAYOUTS.keys())
 @pytest.mark.parametrize("text", ["s where n <= m else -inf", "5*tanh(s/5) where n <= m else -inf"])
@@ -256,11 +267,14 @@ def test_layouts(text: str, layout: Callable[[Tensor], Tensor], order: tuple[int
     hold_to_oracle(call)
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("name", ["causal", "left padding", "alibi", "window"])
 def test_grouped_heads_where_the_kernel_does_not_take_them(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    assert flash_step.takes_groups(), "torch 2.11 to 2.13 take them; if a newer one does not, the plain step serves it"
-    monkeypatch.setattr(flash_step, "takes_groups", lambda: False)
-    monkeypatch.setattr(flash_step, "_FORWARD", None)
+    assert flash_kernel.takes_groups(), (
+        "torch 2.11 to 2.13 take them; if a newer one does not, the plain step serves it"
+    )
+    monkeypatch.setattr(flash_kernel, "takes_groups", lambda: False)
+    monkeypatch.setattr(flash_kernel, "_FORWARD", None)
     text, leaves = FAMILIES[name]
     hold_to_oracle(made(text, SHAPES["grouped"], leaves(SHAPES["grouped"])))
 
@@ -284,6 +298,7 @@ def poisoned(x: Tensor, where: Tensor) -> Tensor:
     return x.detach().masked_fill(where[:, None, :, None], torch.nan)
 
 
+@pytest.mark.usefixtures("kernel")
 @pytest.mark.parametrize("score", ["s*0.125", "5*tanh(s/5)", "s*0.125 + n*0.01"])
 @pytest.mark.parametrize(
     ("mask", "unread"),
@@ -309,6 +324,7 @@ def test_keys_that_the_mask_excludes_are_not_read(score: str, mask: str, unread:
     assert all(x.isfinite().all() for x in (dq, dk, dv))
 
 
+@pytest.mark.usefixtures("library")
 def test_packed_documents_are_computed_one_by_one() -> None:
     """Blocks see only the keys that some row of theirs may look at, in the forward and in the backward."""
     shape = Shape(1, 2, 2, 1024, 1024, 8, 8)

@@ -354,6 +354,7 @@ class Cells(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("score", ["s*0.125", "5*tanh(s/5)"])
 @pytest.mark.parametrize("by_head", [False, True], ids=["by batch", "by head"])
 def test_only_cells_of_one_id_are_computed(score: str, by_head: bool) -> None:

@@ -28,7 +28,7 @@ PEERS = {("spec", "score"), *((one, other) for one in ROWS[-1] for other in ROWS
 ONLY = {
     "triton": {"templates"},
     "torch.fx": {"passes", "backend", "explain"},
-    "torch._inductor": {"backend", "options"},
+    "torch._inductor": {"backend", "options", "templates"},
 }
 NO_TORCH_AT_IMPORT = {"score", "spec", "remark", "options", "__init__", "__main__"}
 

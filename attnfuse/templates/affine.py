@@ -25,6 +25,7 @@ from attnfuse.score import (
     free_vars,
     loads,
     substitute,
+    walk,
 )
 
 MINIMA: Final = {x: torch.finfo(x).min for x in (torch.float64, torch.float32, torch.bfloat16)}
@@ -73,6 +74,26 @@ def affine(body: Expr) -> Affine | None:
             return _plus(inner, right if body.op == "add" else call("neg", right))
         return _times(inner, right, body.op) if _same_everywhere(right) else None
     return None
+
+
+class Capped(NamedTuple):
+    """`cap*tanh(s*scale) + bias`; scale and cap hold constants and sizes only."""
+
+    scale: Expr
+    cap: Expr
+    bias: Expr | None
+
+
+@lru_cache(maxsize=4096)
+def capped(body: Expr) -> Capped | None:
+    """`body` as a softcapped score, or None if it has another form."""
+    found = [x for x in {*walk(body)} if isinstance(x, Call) and x.op == "tanh" and "s" in free_vars(x)]
+    inner = affine(found[0].args[0]) if len(found) == 1 else None
+    if inner is None or inner.bias is not None:
+        return None
+    # where s stands outside too, the sum of both is not linear
+    outer = affine(substitute(body, {found[0]: S}))
+    return None if outer is None else Capped(inner.scale, outer.scale, outer.bias)
 
 
 def added_mask(tier: Tier) -> Load | None:

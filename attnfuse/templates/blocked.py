@@ -1,8 +1,10 @@
 """The CPU template: row blocks over the key range that the mask leaves, for every spec, forward and backward.
 
-`cover` says which cells a call needs; `grouped` does where rows and keys are sorted first.  Each segment of rows goes through
-one of two inner steps: `flash_step`, the library's flash kernel, where the score is `s*scale + bias` without dropout, else
-`plain_step`, matrix products and a softmax over a block.  Rows without any allowed key are `degenerate`'s.
+A call that a flash kernel computes as it stands is `whole_call`'s.  Of others `cover` says which cells they need; `grouped` does
+where rows and keys are sorted first.  Each segment of rows goes through one of three inner steps: `native_step`, one call of our
+kernel, where it is built and rows see whole intervals of keys; `flash_step`, blocks for a flash kernel, where the score is
+`s*scale + bias` without dropout; else `plain_step`, matrix products and a softmax over a block.  Rows without any allowed key are
+`degenerate`'s.
 
 Scores, softmax and accumulators are fp32 (fp64 for fp64 inputs).  Memory beyond operands and results: a few blocks of rows
 times keys, and the accumulators of the gradients of k and v.
@@ -16,7 +18,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.spec import AttentionSpec, Shape
-from attnfuse.templates import degenerate, flash_step, grouped, plain_step
+from attnfuse.templates import degenerate, flash_step, grouped, native_step, plain_step, whole_call
 from attnfuse.templates.base import Cotangents, Inputs, Target, Tiles
 from attnfuse.templates.cover import Run, cover
 from attnfuse.templates.plain_step import Rows
@@ -38,7 +40,7 @@ class Blocked:
 
     def forward(self, inputs: Inputs) -> tuple[Tensor, Tensor]:
         """out and lse, see `Kernel.forward`."""
-        found = flash_step.direct(inputs)
+        found = whole_call.forward(inputs)
         if found is not None:
             return found
         work = Work(inputs)
@@ -59,7 +61,7 @@ class Blocked:
 
     def backward(self, inputs: Inputs, cotangents: Cotangents) -> list[Tensor]:
         """The wanted gradients, see `Kernel.backward`."""
-        found = flash_step.direct_backward(inputs, cotangents)
+        found = whole_call.backward(inputs, cotangents)
         if found is not None:
             return found
         work = Work(inputs)
@@ -80,13 +82,14 @@ class Blocked:
 def _forward(work: Work, runs: Sequence[Run]) -> tuple[Tensor, Tensor]:
     """out, as it is without a sink, and lse."""
     out, lse = work.results()
-    step = plain_step if flash_step.plan_for(work.inputs) is None else flash_step
+    other = plain_step if flash_step.plan_for(work.inputs) is None else flash_step
     for run in runs:
         for segment in run.segments:
             if segment.empty:
                 rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
                 degenerate.forward(work, rows, out, lse)
                 continue
+            step = native_step if native_step.serves(work, run, segment) else other
             for rows in step.forward(work, run, segment, out, lse):
                 degenerate.forward(work, rows, out, lse)
     return out, lse
@@ -100,7 +103,11 @@ def _backward(work: Work, runs: Sequence[Run], grads: Gradients) -> None:
                 rows = Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1))
                 degenerate.backward(work, rows, grads)
                 continue
-            step = flash_step if flash_step.differentiates(grads, run, segment) else plain_step
+            for step in (native_step, flash_step):
+                if step.differentiates(grads, run, segment):
+                    break
+            else:
+                step = plain_step
             for rows in step.backward(work, run, segment, grads):
                 degenerate.backward(work, rows, grads)
 

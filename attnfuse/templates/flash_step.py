@@ -1,9 +1,8 @@
-"""The inner step for `s*scale + bias` without dropout: the library's flash kernel, which takes grouped heads as they are.
+"""The inner step for `s*scale + bias` without dropout: a flash kernel, which takes grouped heads as they are (`flash_kernel`).
 
 A segment whose rows all start at one key is a rectangle, a causal square, or one beside the other, merged by their
 log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask, blocks that are alike together
-(`bands`).  A call that is one rectangle or one square, all its keys being real ones, is handed to the kernel as it is
-(`direct`, `direct_backward`).
+(`bands`).
 """
 
 from __future__ import annotations
@@ -11,29 +10,27 @@ from __future__ import annotations
 import math
 from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
-from functools import cache, lru_cache, reduce
+from functools import lru_cache, reduce
 from threading import Lock
 from typing import Final, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnfuse.score import Load, loads
-from attnfuse.spec import AttentionSpec, Shape, parse_spec
-from attnfuse.templates import diagonals, tile_lists
-from attnfuse.templates.affine import affine, constant, is_sum, least_added, where_allowed
+from attnfuse.score import loads
+from attnfuse.spec import Shape, parse_spec
+from attnfuse.templates import diagonals, flash_kernel
+from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.bands import Band
-from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Run, Segment, block_of, columns_of, index_rows, mask_of
-from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
+from attnfuse.templates.base import Inputs
+from attnfuse.templates.cover import Run, Segment, columns_of
+from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
+from attnfuse.templates.flash_kernel import unit_stride
 from attnfuse.templates.keys import Keys
 from attnfuse.templates.plain_step import Rows
-from attnfuse.templates.tile_lists import classes_of
-from attnfuse.templates.tile_map import EMPTY, classes
-from attnfuse.templates.work import Gradients, Work, laid_out, tensor_of
+from attnfuse.templates.tile_map import EMPTY
+from attnfuse.templates.work import Gradients, Work, tensor_of
 
-_FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
-_BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
 _ROWS: Final = 128
 # The same where the rows of a block have the same keys, and no mask leaves out tiles of them: the kernel makes larger products of
 # more rows. A mask or bias of that many rows is in memory, for each head that has its own.
@@ -49,12 +46,10 @@ _VECTOR: Final = 16
 _FEWEST: Final = 128
 # A smaller share of empty tiles is not worth the blocks that leave them out: these take 4 to 16 % longer than one call under a mask
 # that is in memory (dense float masks, 576 to 2,048 tokens, one core).
-_EMPTY_SHARE: Final = 1 / 16
-_LSE_MOST: Final = 2**8
-_LSE_MOST_IN_HALF: Final = 2**13
+EMPTY_SHARE: Final = 1 / 16
 
 
-class _Plan(NamedTuple):
+class Plan(NamedTuple):
     """The score as the kernel takes it.
 
     Args:
@@ -73,54 +68,27 @@ class _Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
+def plan_at(text: str, shape: Shape, sizes: tuple[int, ...]) -> Plan | None:
+    """The score of calls of these sizes, whatever their types are, if the kernel computes it."""
     spec = parse_spec(text)
     form = affine(where_allowed(spec.program))
     scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
     if form is None or scale is None or spec.dropout or not shape.D == shape.Dv > 0:
         return None
     if form.bias is None:
-        return _Plan(scale, None)
+        return Plan(scale, None)
     copied = any(diagonals.along(load) is not None for load in loads(form.bias))
-    return _Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias), copied)
+    return Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias), copied)
 
 
-@cache
-def takes_groups() -> bool:
-    """Whether this torch's kernel reads KV head h // group for query head h, and sums their gradients; it is not documented."""
-    try:
-        q = torch.linspace(-1, 1, 1 * 4 * 3 * 8, dtype=torch.float32, device="cpu").view(1, 4, 3, 8)
-        k, v = q[:, :2] * 0.5, q[:, 2:].flip(2)
-        expanded = [x.repeat_interleave(2, 1) for x in (k, v)]
-        out, lse = _FORWARD(q, k, v)
-        grads = _BACKWARD(q, q, k, v, out, lse, 0.0, False)
-    except RuntimeError:
-        return False
-    same, same_lse = _FORWARD(q, *expanded)
-    dq, *dkv = _BACKWARD(q, q, *expanded, same, same_lse, 0.0, False)
-    expected = (same, same_lse, dq, *(x.view(1, 2, 2, 3, 8).sum(2) for x in dkv))
-    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip((out, lse, *grads), expected, strict=True))
+def fits(inputs: Inputs) -> bool:
+    """Whether the kernel takes the types and heads of a call."""
+    return inputs.q.dtype == inputs.v.dtype and (inputs.shape.H == inputs.shape.Hkv or flash_kernel.takes_groups())
 
 
-@cache
-def _is_slow_in(dtype: torch.dtype) -> bool:
-    """Whether the kernel is so slow in that type that operands are converted to float32 for it.
-
-    It multiplies float16 without vectors where the processor has no instructions for it: causal squares of 512 rows, 8 heads, D 64,
-    take 11 ns a cell forward and 139 backward on one core, in float32 5.6 and 14, in bfloat16 5.8 and 11.
-    """
-    # neither public nor the same in all versions
-    known = getattr(torch.cpu, "_is_amx_fp16_supported", None)
-    return dtype == torch.float16 and not (known is not None and known())
-
-
-def _fits(inputs: Inputs) -> bool:
-    return inputs.q.dtype == inputs.v.dtype and (inputs.shape.H == inputs.shape.Hkv or takes_groups())
-
-
-def plan_for(inputs: Inputs) -> _Plan | None:
+def plan_for(inputs: Inputs) -> Plan | None:
     """The score of a call that the kernel computes, else None."""
-    return _plan(inputs.text, inputs.shape, inputs.sizes) if _fits(inputs) else None
+    return plan_at(inputs.text, inputs.shape, inputs.sizes) if fits(inputs) else None
 
 
 def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
@@ -135,16 +103,10 @@ def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     if plan is None or plan.bias is None:
         return plan is not None
     # a row without a key that a fill of `min` makes uniform is not the kernel's, but lse alone does not tell it from others
-    return _has_digits(grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1], grads.out)
+    return flash_kernel.has_digits(grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1], grads.out)
 
 
-def _has_digits(lse: Tensor, out: Tensor) -> bool:
-    """Whether exp(score - lse) keeps the digits of the type of `out`."""
-    most = lse.masked_fill(lse == -torch.inf, 0.0).abs().max()
-    return bool(most <= (_LSE_MOST if out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
-
-
-class _Span(NamedTuple):
+class Span(NamedTuple):
     """Keys [n0, n1) for all rows of a segment, or for row i of them the first i + 1 of these keys."""
 
     n0: int
@@ -152,18 +114,18 @@ class _Span(NamedTuple):
     causal: bool
 
 
-def _spans(segment: Segment, scale: float) -> tuple[_Span, ...] | None:
+def spans_of(segment: Segment, scale: float) -> tuple[Span, ...] | None:
     """The keys of a segment without a mask, where that can be said to the kernel."""
     m0, m1, first, last, down, right, exact = segment
     if not exact or (down and m1 - m0 > 1):
         return None
     if not right or m1 - m0 == 1:
-        return (_Span(first, last, causal=False),)
+        return (Span(first, last, causal=False),)
     if not scale > 0:
         # the kernel scales the -inf that it puts above the diagonal
         return None
-    square = _Span(last - 1, last - 1 + m1 - m0, causal=True)
-    return (square,) if first == square.n0 else (square, _Span(first, square.n0, causal=False))
+    square = Span(last - 1, last - 1 + m1 - m0, causal=True)
+    return (square,) if first == square.n0 else (square, Span(first, square.n0, causal=False))
 
 
 class _Part(NamedTuple):
@@ -188,24 +150,25 @@ class _Group(NamedTuple):
     may_be_dead: bool = False
 
 
-def _height(run: Run, segment: Segment, plan: _Plan, moving: Sequence[tuple[int, int]]) -> int:
+def _height(run: Run, segment: Segment, plan: Plan, moving: Sequence[tuple[int, int]]) -> int:
     """Rows of a block of a segment; `moving` says how many where the keys of a row are up to a number."""
     if not segment.down and not segment.right:
         kinds = run.rows.classes
-        dense = kinds is not None and _share_of_empty(kinds) <= _EMPTY_SHARE
+        dense = kinds is not None and share_of_empty(kinds) <= EMPTY_SHARE
         return _ROWS_OF_RECTANGLE if dense and not plan.copied else plan.rows
     if segment.exact and segment.down and segment.right:
         return min([_ROWS, *(rows for keys, rows in moving if segment.last - segment.first <= keys)])
     return _ROWS
 
 
-def _share_of_empty(kinds: Tensor) -> float:
+def share_of_empty(kinds: Tensor) -> float:
+    """The share of tiles, of these classes, that are empty."""
     return float((kinds == EMPTY).sum()) / max(kinds.numel(), 1)
 
 
-def _groups(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) -> Iterator[_Group | Band]:
+def _groups(work: Work, run: Run, segment: Segment, plan: Plan, height: int) -> Iterator[_Group | Band]:
     rows = (segment.m0, segment.m1)
-    spans = _spans(segment, plan.scale)
+    spans = spans_of(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
         yield _Group(rows, tuple(_Part(Keys([(n0, n1)], []), causal) for n0, n1, causal in spans))
         return
@@ -230,7 +193,7 @@ def _groups(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) ->
     _KEPT.put(key, made)
 
 
-def _blocks(work: Work, run: Run, segment: Segment, plan: _Plan, height: int) -> Iterator[_Group]:
+def _blocks(work: Work, run: Run, segment: Segment, plan: Plan, height: int) -> Iterator[_Group]:
     """The rows of a segment block by block."""
     may_be_empty = run.holes or not segment.exact
     for m0 in range(segment.m0, segment.m1, height):
@@ -318,7 +281,7 @@ _KEPT: Final = _Kept(1 << 24)
 def _masked(
     work: Work,
     run: Run,
-    plan: _Plan,
+    plan: Plan,
     rows: tuple[int, int],
     keys: Keys,
     *,
@@ -377,19 +340,15 @@ def _where(rows: Tensor, shape: tuple[int, int, int]) -> Tensor | None:
     return rows.expand(shape) if bool(rows.any()) else None
 
 
-def _unit_stride(x: Tensor) -> Tensor:
-    """The kernel takes every stride but one: a last axis that is not dense is read wrongly."""
-    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
-
-
 def _axes(work: Work, run: Run) -> tuple[int, int, int, int, int, int]:
     """The batches, heads and KV heads of a run."""
     return run.b0, run.b1, run.h0, run.h1, run.h0 // work.group, run.h1 // work.group
 
 
-def _keys_and_values(work: Work) -> tuple[Tensor, Tensor]:
+def _keys_and_values(work: Work, *, backward: bool) -> tuple[Tensor, Tensor]:
     """k and v as the kernel takes them, and q in their type."""
-    return (work.k, work.v) if _is_slow_in(work.inputs.q.dtype) else (work.inputs.k, work.inputs.v)
+    slow = flash_kernel.is_slow_in(work.inputs.q.dtype, backward=backward)
+    return (work.k, work.v) if slow else (work.inputs.k, work.inputs.v)
 
 
 def _alone(groups: Iterator[_Group | Band], run: Run, together: Callable[[Band, int], None]) -> Iterator[_Group]:
@@ -418,12 +377,12 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     plan = plan_for(inputs)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
-    all_k, all_v = _keys_and_values(work)
+    all_k, all_v = _keys_and_values(work, backward=False)
 
     def forward_of_band(band: Band, b: int) -> None:
-        q = _unit_stride(band.rows_of(inputs.q[b, h0:h1]).to(all_k.dtype))
-        k, v = (band.keys_of(_unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
-        values, sums = _FORWARD(q, k, v, 0.0, attn_mask=_for_blocks(band), scale=plan.scale)
+        q = band.rows_of(inputs.q[b, h0:h1]).to(all_k.dtype)
+        k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
+        values, sums = flash_kernel.forward(q, k, v, plan.scale, mask=_for_blocks(band))
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
@@ -432,39 +391,17 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
         if not parts:
             yield Rows((b0, b1), (h0, h1), (m0, m1))
             continue
-        q = _unit_stride(inputs.q[b0:b1, h0:h1, m0:m1].to(all_k.dtype))
-        results = [
-            _FORWARD(
-                q,
-                _unit_stride(keys.of(all_k[b0:b1, kv0:kv1])),
-                _unit_stride(keys.of(all_v[b0:b1, kv0:kv1])),
-                0.0,
-                causal,
-                attn_mask=mask,
-                scale=plan.scale,
-            )
-            for keys, causal, mask in parts
-        ]
+        q = inputs.q[b0:b1, h0:h1, m0:m1].to(all_k.dtype)
+        results = []
+        for keys, causal, mask in parts:
+            k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
+            dead = math.nan if may_be_dead else None
+            results.append(flash_kernel.forward(q, k, v, plan.scale, causal=causal, mask=mask, dead=dead))
         values, sums = results[0] if len(results) == 1 else _merged(*results)
-        if may_be_dead and bool((sums == 0).any()):
-            ((_, causal, mask),) = parts
-            assert mask is not None
-            values, sums = _without_the_dead(values, sums, mask, causal=causal)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
             yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
-
-
-def _without_the_dead(
-    values: Tensor, sums: Tensor, mask: Tensor, *, causal: bool, value: float = torch.nan
-) -> tuple[Tensor, Tensor]:
-    """NaN, or `value`, and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
-    if causal:
-        visible = torch.ones((values.shape[-2], mask.shape[-1]), dtype=torch.bool).tril_()
-        mask = torch.where(visible, mask, -torch.inf)
-    dead = mask.amax(-1) == -torch.inf
-    return values.masked_fill(dead[..., None], value), sums.masked_fill(dead, -torch.inf)
 
 
 def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -479,17 +416,14 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     plan = plan_for(inputs)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
-    all_k, all_v = _keys_and_values(work)
-
-    def by_row(x: Tensor) -> Tensor:
-        return _unit_stride(x.to(all_k.dtype))
+    all_k, all_v = _keys_and_values(work, backward=True)
 
     def backward_of_band(band: Band, b: int) -> None:
         of_rows = (x[b, h0:h1] for x in (grads.dout, inputs.q, grads.out, grads.row_lse))
         dout, q, out, lse = map(band.rows_of, of_rows)
-        k, v = (band.keys_of(_unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
-        dout, q, out = map(by_row, (dout, q, out))
-        dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, False, attn_mask=_for_blocks(band), scale=plan.scale)
+        k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
+        dout, q, out = (x.to(all_k.dtype) for x in (dout, q, out))
+        dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, mask=_for_blocks(band))
         if grads.dk is not None:
             band.add(grads.dk[b, kv0:kv1], dk)
         if grads.dv is not None:
@@ -507,11 +441,11 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         if empty is not None:
             # no weight in this pass, and no NaN
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
-        q, dout, out = map(by_row, (q, dout, out))
+        q, dout, out = (x.to(all_k.dtype) for x in (q, dout, out))
         dqs: list[Tensor] = []
         for keys, causal, mask in parts:
-            k, v = (_unit_stride(keys.of(x[b0:b1, kv0:kv1])) for x in (all_k, all_v))
-            dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=plan.scale)
+            k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
+            dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, causal=causal, mask=mask)
             dqs.append(dq)
             if grads.dk is not None:
                 keys.add(grads.dk[b0:b1, kv0:kv1], dk)
@@ -521,152 +455,3 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
             grads.dq[b0:b1, h0:h1, m0:m1] = dqs[0] if len(dqs) == 1 else sum(dq.to(work.dtype) for dq in dqs)
         if empty is not None:
             yield rows
-
-
-class _Direct(NamedTuple):
-    """One call of the kernel.
-
-    Args:
-        padded: only where the conditions on (b, n) hold for every key.
-        bias: what is evaluated for all cells.
-        given: instead, which leaf is the bias as it stands, and its axes.
-        masks: whether that leaf is the mask too.
-        dead: what rows are in which every score is -inf.
-        least: the finfo.min that the mask may hold.
-    """
-
-    scale: float
-    causal: bool
-    padded: bool
-    bias: Evaluator | None
-    given: tuple[int, tuple[int, ...]] | None = None
-    masks: bool = False
-    dead: float = math.nan
-    least: float | None = None
-
-
-@lru_cache(maxsize=1024)
-def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
-    """How one call of the kernel serves calls of these sizes, if it does."""
-    spec = parse_spec(text)
-    mask = mask_of(text)
-    plan = _plan(text, shape, sizes)
-    if plan is None or 0 in shape or spec.program.sink is not None:
-        return None
-    given = _given(spec)
-    if given is not None and all(is_sum(tier, where_allowed(spec.program)) for tier in spec.program.tiers):
-        dead = 0.0 if any(tier.fill == "0row" for tier in spec.program.tiers) else math.nan
-        least = [fill for tier in spec.program.tiers if (fill := least_added(tier)) is not None]
-        return _Direct(
-            plan.scale,
-            False,
-            False,
-            None,
-            given,
-            masks=bool(spec.program.tiers),
-            dead=dead,
-            least=min(least, default=None),
-        )
-    if mask.starts or mask.ends or mask.by_batch or not mask.from_indices:
-        return None
-    if plan.bias is not None and shape.M > plan.rows:
-        return None
-    segments, _ = index_rows(text, shape, sizes, 0, shape.N)
-    spans = _spans(segments[0], plan.scale)
-    if len(segments) > 1 or segments[0].empty or spans is None or len(spans) > 1 or spans[0].n1 > shape.N:
-        return None
-    (n0, n1, causal) = spans[0]
-    if n0 != 0 or not (causal or n1 == shape.N):
-        return None
-    return _Direct(plan.scale, causal, bool(mask.padding), plan.bias)
-
-
-def _given(spec: AttentionSpec) -> tuple[int, tuple[int, ...]] | None:
-    """The leaf that is the bias of each row and key, and its axes."""
-    form = affine(where_allowed(spec.program))
-    if form is None or not isinstance(form.bias, Load):
-        return None
-    axes = axes_of(form.bias)
-    if axes is None or not {2, 3} <= {*axes} or list(axes) != sorted(axes):
-        return None
-    return [leaf.name for leaf in spec.leaves].index(form.bias.leaf), axes
-
-
-class _Whole(NamedTuple):
-    """The arguments of one call of the kernel, what rows get in which every score is -inf, and the finfo.min of the mask."""
-
-    scale: float
-    causal: bool
-    mask: Tensor | None
-    dead: float
-    least: float | None = None
-
-
-def _serves(inputs: Inputs) -> _Whole | None:
-    found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or not _fits(inputs) or _is_slow_in(inputs.q.dtype):
-        return None
-    B, H, _, M, N, _, _ = inputs.shape
-    cells = (0, B), (0, H), (0, M), (0, N)
-    if found.given is not None:
-        at, axes = found.given
-        mask = inputs.leaves[at]
-        # the kernel reads a mask of another type than float32 or its operands' as if it were theirs, float32 beside float64 too
-        wide = torch.float32 if inputs.q.dtype.itemsize < 4 else inputs.q.dtype
-        if mask.dtype not in (inputs.q.dtype, wide) or any(
-            size < cells[axis][1] for size, axis in zip(mask.shape, axes, strict=True)
-        ):
-            return None
-        for place, axis in enumerate(axes):
-            mask = mask.narrow(place, 0, cells[axis][1])
-        if found.masks and tile_lists.worth_a_map(M, N):
-            # a mask that leaves out whole tiles is faster block by block
-            tiles = tile_lists.TILES
-            known = inputs.tiles[0] if inputs.tiles else None
-            kinds = classes(inputs.text, block_of(inputs, *cells), tiles) if known is None else classes_of(known)
-            if _share_of_empty(kinds) > _EMPTY_SHARE:
-                return None
-        mask = mask[tuple(slice(None) if axis in axes else None for axis in range(4))].expand(B, H, M, N)
-        return _Whole(found.scale, False, mask, found.dead, found.least)
-    if found.padded:
-        for value in mask_of(inputs.text).padding_of(block_of(inputs, cells[0], (0, 1), (0, 1), cells[3])):
-            if not (bool(value.all()) if isinstance(value, Tensor) else value):
-                return None
-    if found.bias is None:
-        return _Whole(found.scale, found.causal, None, torch.nan)
-    value = found.bias(block_of(inputs, *cells))[0]
-    bias = tensor_of(value, torch.promote_types(inputs.q.dtype, torch.float32)).expand(B, H, M, N)
-    return _Whole(found.scale, found.causal, bias, torch.nan)
-
-
-def direct(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
-    """out and lse by one call of the kernel, where that is the whole call."""
-    found = _serves(inputs)
-    if found is None:
-        return None
-    q, k, v = map(_unit_stride, (inputs.q, inputs.k, inputs.v))
-    out, lse = _FORWARD(q, k, v, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
-    if found.mask is not None and bool((lse == 0).any()):
-        out, lse = _without_the_dead(out, lse, found.mask, causal=found.causal, value=found.dead)
-    if found.least is not None:
-        # rows of nothing else, whose log-sum-exp is what was added
-        lse = lse.masked_fill(lse == found.least, torch.finfo(torch.float32).min)
-    return laid_out(out, out.dtype, inputs.out_order), lse.contiguous()
-
-
-def direct_backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
-    """The wanted gradients by one call of the kernel, where that is the whole call."""
-    if cotangents.dlse is not None or cotangents.dout is None or any(cotangents.needs[3:]):
-        return None
-    found = _serves(inputs)
-    if found is None or (found.mask is not None and not _has_digits(cotangents.lse, cotangents.out)):
-        return None
-    lse = cotangents.lse
-    if found.dead == 0.0:
-        # no weight, and no NaN
-        lse = lse.masked_fill(lse == -torch.inf, torch.inf)
-    given = map(_unit_stride, (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out))
-    grads = _BACKWARD(*given, lse, 0.0, found.causal, attn_mask=found.mask, scale=found.scale)
-    return [
-        laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
-    ]

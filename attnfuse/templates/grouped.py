@@ -321,6 +321,8 @@ def _cells_as_they_stand(known: _Known) -> int:
 class Ordered(Work):
     """A call whose rows and keys stand in the order of their ids; ranges of rows and keys are places in it."""
 
+    reordered = True
+
     def __init__(self, work: Work, order: Order) -> None:
         inputs = work.inputs
         q = _taken(inputs.q, order.rows)

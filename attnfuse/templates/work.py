@@ -82,6 +82,9 @@ def _index_mask(
 class Work:
     """One call.  Axes that are folded: query heads of one KV head go into rows, [b, Hkv, H / Hkv · rows, D]."""
 
+    reordered = False
+    """Whether ranges of rows and keys are places in an order, not their indices."""
+
     def __init__(self, inputs: Inputs) -> None:
         self.inputs = inputs
         self.shape = inputs.shape

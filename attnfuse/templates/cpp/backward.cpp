@@ -1,0 +1,308 @@
+// Gradients of q, k and v: see templates/native.py for what is asked.
+//
+// Each task takes blocks of BLOCK_N keys of a KV head through the blocks of rows that see them (Dao 2023, FlashAttention-2): weights
+// P and their gradients dP once more, from these those of the scores, dS = P·(dP - delta); dv += Pᵀ·dout, dk += dSᵀ·q, and for
+// each task of its own, dq += dS·k.  Each gradient is summed in one order, whatever the threads do.
+
+namespace {
+
+constexpr long BLOCK_M = 64;
+constexpr long BLOCK_N = 128;
+
+// Where a thread finds what it needs for a block of rows and keys, in floats.
+template <bool PAIRS>
+struct Room {
+  long steps, steps_v;  // of q·kᵀ and dout·vᵀ
+  long width, width_v;  // of q, k and v, whole vectors
+  long total = 0;
+  long q, dout, q_rows, dout_rows;        // blocks of rows, as left and as right operands
+  long keys, values, key_rows;            // panels of keys, and keys as right operands
+  long scores, slopes;                    // P and dP, then dS
+  long weights_t, slopes_t, slopes_narrow;  // the same as pairs, for sums over rows and over keys
+  long dk, dv, delta;
+
+  explicit Room(const Call& c)
+      : steps(halved(c.D)), steps_v(halved(c.Dv)), width(up(c.D, LANES)), width_v(up(c.Dv, LANES)) {
+    q = take(BLOCK_M * up(steps, LANES));
+    dout = take(BLOCK_M * up(steps_v, LANES));
+    q_rows = take(halved(BLOCK_M) * width);
+    dout_rows = take(halved(BLOCK_M) * width_v);
+    keys = take(BLOCK_N * steps);
+    values = take(BLOCK_N * steps_v);
+    key_rows = take(halved(BLOCK_N) * width);
+    scores = take(BLOCK_M * BLOCK_N);
+    slopes = take(BLOCK_M * BLOCK_N);
+    weights_t = take(PAIRS ? BLOCK_M / 2 * BLOCK_N : 0);
+    slopes_t = take(PAIRS ? BLOCK_M / 2 * BLOCK_N : 0);
+    slopes_narrow = take(PAIRS ? BLOCK_M * BLOCK_N / 2 : 0);
+    dk = take(BLOCK_N * width);
+    dv = take(BLOCK_N * width_v);
+    delta = take(c.H / c.Hkv * c.M);
+  }
+  static long halved(long x) { return PAIRS ? (x + 1) / 2 : x; }
+  long take(long floats) {
+    const long at = total;
+    total += up(floats, LANES);
+    return at;
+  }
+};
+
+// How many tasks share the keys of a head, so that all threads have some.
+long parts_of(const Call& c) {
+  const long heads = c.B * c.Hkv, blocks = up(c.N, BLOCK_N) / BLOCK_N;
+  return heads >= c.threads ? 1 : std::min({blocks, (2 * c.threads + heads - 1) / heads, 8L});
+}
+
+template <bool PAIRS, class T>
+class Task {
+ public:
+  Task(const Call& c, const Room<PAIRS>& room, float* memory, float* dq, long b, long kv)
+      : c_(c), room_(room), at_(memory), dq_(dq), b_(b), kv_(kv), group_(c.H / c.Hkv) {
+    general_ = c.bias != nullptr || c.cap != 0;
+    for (long g = 0; g < group_; ++g)
+      for (long m = 0; m < c.M; ++m) {
+        const T* dout = row(c.dout, head(g), m, c.dout_b, c.dout_h, c.dout_m);
+        const T* out = row(c.out, head(g), m, c.out_b, c.out_h, c.out_m);
+        __m512 sum = _mm512_setzero_ps();
+        for (long d = 0; d < c.Dv; d += LANES)
+          sum = _mm512_fmadd_ps(load(dout + d, lanes(c.Dv - d)), load(out + d, lanes(c.Dv - d)), sum);
+        float delta = _mm512_reduce_add_ps(sum);
+        if (c.dlse != nullptr) delta -= c.dlse[b * c.dlse_b + head(g) * c.dlse_h + m * c.dlse_m];
+        memory[room.delta + g * c.M + m] = delta;
+      }
+  }
+
+  void run(long n0) {
+    keys_ = std::min(BLOCK_N, c_.N - n0);
+    n0_ = n0;
+    const T* k = static_cast<const T*>(c_.k) + b_ * c_.k_b + kv_ * c_.k_h + n0 * c_.k_n;
+    const T* v = static_cast<const T*>(c_.v) + b_ * c_.v_b + kv_ * c_.v_h + n0 * c_.v_n;
+    for (long n = 0; n < BLOCK_N; n += PANEL) {
+      const long some = std::max(0L, std::min(PANEL, keys_ - n));
+      pack_columns<PAIRS>(k + n * c_.k_n, c_.k_n, c_.D, some, room_.steps, at_ + room_.keys + n * room_.steps);
+      pack_columns<PAIRS>(v + n * c_.v_n, c_.v_n, c_.Dv, some, room_.steps_v, at_ + room_.values + n * room_.steps_v);
+    }
+    pack_rows<PAIRS>(k, c_.k_n, c_.D, keys_, BLOCK_N, room_.width, at_ + room_.key_rows);
+    std::fill_n(at_ + room_.dk, BLOCK_N * room_.width, 0.0f);
+    std::fill_n(at_ + room_.dv, BLOCK_N * room_.width_v, 0.0f);
+    for (long g = 0; g < group_; ++g)
+      for (long m0 = 0; m0 < c_.M; m0 += BLOCK_M) {
+        long first = BLOCK_N, last = 0;
+        const long rows = std::min(BLOCK_M, c_.M - m0);
+        for (long r = 0; r < rows; ++r) {
+          const Range seen = seen_by(c_, m0 + r);
+          first_[r] = std::clamp(seen.first - n0, 0L, keys_);
+          last_[r] = std::clamp(seen.last - n0, 0L, keys_);
+          if (first_[r] < last_[r]) first = std::min(first, first_[r]), last = std::max(last, last_[r]);
+        }
+        if (first < last) block(g, m0, rows, first / LANES * LANES, up(last, LANES));
+      }
+    give(c_.dk, c_.dk_b, c_.dk_h, c_.dk_n, at_ + room_.dk, room_.width, c_.D, static_cast<float>(c_.scale));
+    give(c_.dv, c_.dv_b, c_.dv_h, c_.dv_n, at_ + room_.dv, room_.width_v, c_.Dv, 1.0f);
+  }
+
+ private:
+  long head(long g) const { return kv_ * group_ + g; }
+
+  const T* row(const void* x, long h, long m, long of_b, long of_h, long of_m) const {
+    return static_cast<const T*>(x) + b_ * of_b + h * of_h + m * of_m;
+  }
+
+  // What rows [m0, m0 + rows) of a head give, for the columns [c0, c1) of the block of keys.
+  void block(long g, long m0, long rows, long c0, long c1) {
+    const long h = head(g), even = PAIRS ? up(rows, 2) : rows, row_steps = Room<PAIRS>::halved(rows);
+    const T* q = row(c_.q, h, m0, c_.q_b, c_.q_h, c_.q_m);
+    const T* dout = row(c_.dout, h, m0, c_.dout_b, c_.dout_h, c_.dout_m);
+    float *left = at_ + room_.q, *left_v = at_ + room_.dout, *p = at_ + room_.scores, *ds = at_ + room_.slopes;
+    pack_left<PAIRS>(q, c_.q_m, c_.D, rows, room_.steps, left);
+    pack_left<PAIRS>(dout, c_.dout_m, c_.Dv, rows, room_.steps_v, left_v);
+    pack_rows<PAIRS>(q, c_.q_m, c_.D, rows, even, room_.width, at_ + room_.q_rows);
+    pack_rows<PAIRS>(dout, c_.dout_m, c_.Dv, rows, even, room_.width_v, at_ + room_.dout_rows);
+    for (long n = c0 / PANEL * PANEL; n < c1; n += PANEL)
+      for (long r = 0; r < rows; r += GROUP) {
+        const long some = std::min(GROUP, rows - r), vectors = up(std::min(PANEL, c1 - n), LANES) / LANES;
+        product<PAIRS>(some, vectors, left + r * room_.steps, room_.steps, at_ + room_.keys + n * room_.steps, PANEL,
+                       room_.steps, p + r * BLOCK_N + n, BLOCK_N, false);
+        product<PAIRS>(some, vectors, left_v + r * room_.steps_v, room_.steps_v,
+                       at_ + room_.values + n * room_.steps_v, PANEL, room_.steps_v, ds + r * BLOCK_N + n, BLOCK_N, false);
+      }
+    for (long r = 0; r < rows; ++r) slope(g, m0 + r, r, c0, c1);
+    if (rows < even)
+      for (float* x : {p, ds}) std::fill_n(x + rows * BLOCK_N + c0, c1 - c0, 0.0f);
+    const float *p_t = p, *ds_t = ds, *ds_left = ds;
+    long of_row = BLOCK_N;
+    if constexpr (PAIRS) {
+      pair(p, even, c0, c1, at_ + room_.weights_t, nullptr);
+      pair(ds, even, c0, c1, at_ + room_.slopes_t, at_ + room_.slopes_narrow);
+      p_t = at_ + room_.weights_t, ds_t = at_ + room_.slopes_t, ds_left = at_ + room_.slopes_narrow, of_row = BLOCK_N / 2;
+    }
+    for (long n = c0; n < c1; n += GROUP) {
+      const long some = std::min(GROUP, c1 - n);
+      for (long d = 0; d < room_.width_v; d += PANEL)
+        product<PAIRS, true>(some, std::min(PANEL, room_.width_v - d) / LANES, p_t + n, BLOCK_N, at_ + room_.dout_rows + d,
+                             room_.width_v, row_steps, at_ + room_.dv + n * room_.width_v + d, room_.width_v, true);
+      for (long d = 0; d < room_.width; d += PANEL)
+        product<PAIRS, true>(some, std::min(PANEL, room_.width - d) / LANES, ds_t + n, BLOCK_N, at_ + room_.q_rows + d,
+                             room_.width, row_steps, at_ + room_.dk + n * room_.width + d, room_.width, true);
+    }
+    float* dq = dq_ + (g * c_.M + m0) * room_.width;
+    const long skip = PAIRS ? c0 / 2 : c0;
+    for (long r = 0; r < rows; r += GROUP)
+      for (long d = 0; d < room_.width; d += PANEL)
+        product<PAIRS>(std::min(GROUP, rows - r), std::min(PANEL, room_.width - d) / LANES, ds_left + r * of_row + skip, of_row,
+                       at_ + room_.key_rows + skip * room_.width + d, room_.width, Room<PAIRS>::halved(c1 - c0),
+                       dq + r * room_.width + d, room_.width, true);
+  }
+
+  // P and dS of a row in place of its products, zero for keys that it does not see.
+  void slope(long g, long m, long r, long c0, long c1) {
+    const long h = head(g);
+    float *p = at_ + room_.scores + r * BLOCK_N, *ds = at_ + room_.slopes + r * BLOCK_N;
+    const float lse = c_.lse[b_ * c_.lse_b + h * c_.lse_h + m];
+    const __m512 delta = _mm512_set1_ps(at_[room_.delta + g * c_.M + m]);
+    const __m512 zero = _mm512_setzero_ps();
+    auto sloped = [&](long i, __mmask16 some, __m512 exponent, __m512 factor) {
+      const __m512 weight = _mm512_maskz_mov_ps(some, exp2(exponent));
+      const __m512 slope = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(ds + i), delta));
+      _mm512_storeu_ps(p + i, weight);
+      _mm512_storeu_ps(ds + i, _mm512_maskz_mul_ps(some, slope, factor));
+    };
+    auto seen = [&](long i) {
+      const long skip = std::clamp(first_[r] - i, 0L, LANES);
+      return static_cast<__mmask16>(lanes(last_[r] - i) & (0xffff << skip));
+    };
+    const __m512 one = _mm512_set1_ps(1.0f);
+    if (!general_) {
+      const __m512 unit = _mm512_set1_ps(static_cast<float>(c_.scale * 1.4426950408889634)), base = _mm512_set1_ps(lse * LOG2E);
+      for (long i = c0; i < c1; i += LANES) {
+        const __mmask16 some = seen(i);
+        if (some == 0) {
+          _mm512_storeu_ps(p + i, zero);
+          _mm512_storeu_ps(ds + i, zero);
+        } else {
+          sloped(i, some, _mm512_fmsub_ps(unit, _mm512_loadu_ps(p + i), base), one);
+        }
+      }
+      return;
+    }
+    const float cap = static_cast<float>(c_.cap);
+    const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
+    for (long i = c0; i < c1; i += LANES) {
+      const __mmask16 some = seen(i);
+      const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
+      __m512 x = _mm512_loadu_ps(p + i), factor = one;
+      if (cap != 0) {
+        const __m512 bent = tanh(_mm512_mul_ps(x, scale));
+        factor = _mm512_fnmadd_ps(bent, bent, one);
+        x = _mm512_fmadd_ps(_mm512_set1_ps(cap), bent, add);
+      } else {
+        x = _mm512_fmadd_ps(x, scale, add);
+      }
+      sloped(i, some, _mm512_mul_ps(_mm512_set1_ps(LOG2E), _mm512_sub_ps(x, _mm512_set1_ps(lse))), factor);
+    }
+  }
+
+  // Neighbouring rows as pairs, [rows / 2, BLOCK_N], and, where it is asked, neighbouring columns, [rows, BLOCK_N / 2].
+  static void pair(const float* x, long rows, long c0, long c1, float* by_row, float* by_column) {
+#if HAS_PAIRS
+    for (long r = 0; r < rows; r += 2)
+      for (long i = c0; i < c1; i += LANES) {
+        const __m256i a = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + r * BLOCK_N + i));
+        const __m256i b = (__m256i)_mm512_cvtneps_pbh(_mm512_loadu_ps(x + (r + 1) * BLOCK_N + i));
+        const __m512i low = _mm512_cvtepu16_epi32(a), high = _mm512_slli_epi32(_mm512_cvtepu16_epi32(b), 16);
+        _mm512_storeu_si512(by_row + r / 2 * BLOCK_N + i, _mm512_or_si512(low, high));
+        if (by_column != nullptr) {
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_column + (r * BLOCK_N + i) / 2), a);
+          _mm256_storeu_si256(reinterpret_cast<__m256i*>(by_column + ((r + 1) * BLOCK_N + i) / 2), b);
+        }
+      }
+#endif
+  }
+
+  // Writes, or adds, the gradient of the block of keys.
+  void give(void* to, long of_b, long of_h, long of_n, const float* x, long width, long depth, float factor) {
+    if (to == nullptr) return;
+    for (long n = 0; n < keys_; ++n) {
+      const long at = b_ * of_b + kv_ * of_h + (n0_ + n) * of_n;
+      for (long d = 0; d < depth; d += LANES) {
+        const __m512 value = _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(x + n * width + d));
+        if (c_.adds) {
+          float* sum = static_cast<float*>(to) + at + d;
+          store(sum, _mm512_add_ps(load(sum, lanes(depth - d)), value), lanes(depth - d));
+        } else {
+          store(static_cast<T*>(to) + at + d, value, lanes(depth - d));
+        }
+      }
+    }
+  }
+
+  const Call& c_;
+  const Room<PAIRS>& room_;
+  float *at_, *dq_;
+  const long b_, kv_, group_;
+  long n0_ = 0, keys_ = 0;
+  bool general_;
+  long first_[BLOCK_M], last_[BLOCK_M];
+};
+
+// The rows [m0, m1) of dq of a head from the sums of `parts` tasks.
+template <class T>
+void give_rows(const Call& c, long b, long h, long m0, long m1, const float* sums, long of_part, long parts, long width) {
+  if (c.dq == nullptr) return;
+  const __m512 scale = _mm512_set1_ps(static_cast<float>(c.scale));
+  for (long m = m0; m < m1; ++m) {
+    T* to = static_cast<T*>(c.dq) + b * c.dq_b + h * c.dq_h + m * c.dq_m;
+    for (long d = 0; d < c.D; d += LANES) {
+      __m512 sum = _mm512_setzero_ps();
+      for (long part = 0; part < parts; ++part) sum = _mm512_add_ps(sum, _mm512_loadu_ps(sums + part * of_part + m * width + d));
+      store(to + d, _mm512_mul_ps(scale, sum), lanes(c.D - d));
+    }
+  }
+}
+
+template <bool PAIRS, class T>
+void run(const Call& c) {
+  const Room<PAIRS> room(c);
+  const long parts = parts_of(c), group = c.H / c.Hkv, rows_of_head = group * c.M * room.width, heads = c.B * c.Hkv;
+  float* sums = c.scratch + c.threads * room.total;
+#pragma omp parallel num_threads(c.threads)
+  {
+    float* memory = c.scratch + omp_get_thread_num() * room.total;
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < heads * parts; ++i) {
+      const long at = i / parts, part = i % parts, b = at / c.Hkv, kv = at % c.Hkv;
+      float* dq = sums + (parts == 1 ? omp_get_thread_num() : i) * rows_of_head;
+      std::fill_n(dq, rows_of_head, 0.0f);
+      Task<PAIRS, T> task(c, room, memory, dq, b, kv);
+      for (long n = part * BLOCK_N; n < c.N; n += parts * BLOCK_N) task.run(n);
+      if (parts == 1)
+        for (long g = 0; g < group; ++g)
+          give_rows<T>(c, b, kv * group + g, 0, c.M, dq + g * c.M * room.width, 0, 1, room.width);
+    }
+    if (parts > 1) {
+#pragma omp for
+      for (long i = 0; i < heads * group; ++i) {
+        const long at = i / group, g = i % group, b = at / c.Hkv, h = at % c.Hkv * group + g;
+        give_rows<T>(c, b, h, 0, c.M, sums + at * parts * rows_of_head + g * c.M * room.width, rows_of_head, parts, room.width);
+      }
+    }
+  }
+}
+
+template <bool PAIRS>
+int64_t floats(const Call& c) {
+  const Room<PAIRS> room(c);
+  const long parts = parts_of(c), of_head = c.H / c.Hkv * c.M * room.width;
+  return c.threads * room.total + (parts == 1 ? c.threads : c.B * c.Hkv * parts) * of_head;
+}
+
+}  // namespace
+
+// What a call needs in `scratch`, in floats.
+extern "C" int64_t backward_floats(const Call* c, int64_t pairs, int64_t) {
+  return HAS_PAIRS && pairs ? floats<true>(*c) : floats<false>(*c);
+}
+
+extern "C" void backward_f32(const Call* c) { run<false, float>(*c); }
+extern "C" void backward_f16(const Call* c) { run<false, f16>(*c); }
+extern "C" void backward_bf16(const Call* c) { run<HAS_PAIRS != 0, bf16>(*c); }

@@ -1,0 +1,241 @@
+// What the kernels of this folder share: attention on processors with AVX-512, see templates/native.py.
+//
+// Packed numbers have 32 bits: a float, or, where the processor multiplies bfloat16 in vectors, a pair of them that belong to
+// neighbouring terms of a sum (PAIRS).
+#ifndef __AVX512F__
+#error "no AVX-512"
+#endif
+#include <immintrin.h>
+#include <omp.h>
+
+#include <algorithm>
+#include <cmath>
+#include <cstdint>
+#include <cstring>
+#include <iterator>
+#include <limits>
+#include <type_traits>
+
+#ifdef __AVX512BF16__
+#define HAS_PAIRS 1
+#else
+#define HAS_PAIRS 0
+#endif
+
+// As native.py packs it.  Strides are in elements; those of last axes are 1, but that of the bias, which is 0 or 1.
+struct Call {
+  const void *q, *k, *v, *bias;
+  // the keys that each row sees: from firsts[m] up to, without, lasts[m]; where they are null from first + down·m up to
+  // last + right·m
+  const int64_t *firsts, *lasts;
+  void* out;
+  float *lse, *scratch;
+  // the backward's, null where they are not given or not wanted
+  const void* dout;
+  const float* dlse;
+  void *dq, *dk, *dv;
+  int64_t B, H, Hkv, M, N, D, Dv;
+  int64_t q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, lse_b, lse_h;
+  int64_t bias_b, bias_h, bias_m, bias_n, bias_is_float;
+  int64_t dout_b, dout_h, dout_m, dlse_b, dlse_h, dlse_m, dq_b, dq_h, dq_m, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n;
+  int64_t adds;  // dk and dv are float, and added to
+  int64_t first, last, down, right;
+  int64_t scratch_floats, threads;
+  // `dead` is what a row of out is that sees keys, but no score above -inf
+  double scale, cap, dead;
+};
+
+namespace {
+
+constexpr long LANES = 16;
+constexpr long PANEL = 64;  // columns of a panel: four vectors
+constexpr long GROUP = 6;   // rows of a product that are held in registers
+constexpr float INF = std::numeric_limits<float>::infinity();
+constexpr float LOG2E = 1.44269504f;
+
+struct bf16 {
+  uint16_t bits;
+};
+struct f16 {
+  uint16_t bits;
+};
+
+constexpr long up(long x, long to) { return (x + to - 1) / to * to; }
+
+inline __mmask16 lanes(long n) { return n >= LANES ? 0xffff : static_cast<__mmask16>((1u << std::max(n, 0L)) - 1); }
+
+inline __m512 load(const float* x, __mmask16 some) { return _mm512_maskz_loadu_ps(some, x); }
+inline __m512 load(const bf16* x, __mmask16 some) {
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x)), 16));
+}
+inline __m512 load(const f16* x, __mmask16 some) { return _mm512_cvtph_ps(_mm256_maskz_loadu_epi16(some, x)); }
+
+inline float number(const float* x) { return *x; }
+template <class T>
+float number(const T* x) {
+  return _mm512_cvtss_f32(load(x, 1));
+}
+
+inline void store(float* to, __m512 x, __mmask16 some) { _mm512_mask_storeu_ps(to, some, x); }
+inline void store(f16* to, __m512 x, __mmask16 some) {
+  _mm256_mask_storeu_epi16(to, some, _mm512_cvtps_ph(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC));
+}
+inline void store(bf16* to, __m512 x, __mmask16 some) {
+  // half of the last digit that stays, less one where that digit is even
+  __m512i bits = _mm512_castps_si512(x), odd = _mm512_and_si512(_mm512_srli_epi32(bits, 16), _mm512_set1_epi32(1));
+  bits = _mm512_srli_epi32(_mm512_add_epi32(bits, _mm512_add_epi32(odd, _mm512_set1_epi32(0x7fff))), 16);
+  bits = _mm512_mask_mov_epi32(bits, _mm512_cmp_ps_mask(x, x, _CMP_UNORD_Q), _mm512_set1_epi32(0x7fc0));
+  _mm256_mask_storeu_epi16(to, some, _mm512_cvtepi32_epi16(bits));
+}
+
+inline __m512 polynomial(__m512 x, const float* from_highest, int count) {
+  __m512 sum = _mm512_set1_ps(from_highest[0]);
+  for (int i = 1; i < count; ++i) sum = _mm512_fmadd_ps(sum, x, _mm512_set1_ps(from_highest[i]));
+  return sum;
+}
+
+// (2^x - 1)/x for |x| <= 1/2, interpolated at Chebyshev's nodes; the error of 2^x is below 2^-26
+constexpr float POWER[] = {1.54531634e-4f, 1.33908633e-3f, 9.61808302e-3f, 5.55035695e-2f, 2.40226507e-1f, 6.93147182e-1f};
+
+// 2^x; what is below 2^-126 is 0, and of NaN it is NaN
+inline __m512 exp2(__m512 x) {
+  __m512 whole = _mm512_roundscale_ps(x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 rest = _mm512_sub_ps(x, whole);
+  __m512 power = _mm512_fmadd_ps(polynomial(rest, POWER, std::size(POWER)), rest, _mm512_set1_ps(1.0f));
+  return _mm512_maskz_scalef_ps(_mm512_cmp_ps_mask(x, _mm512_set1_ps(-126.0f), _CMP_NLT_UQ), power, whole);
+}
+
+// tanh(x) = e / (e + 2) with e = exp(2x) - 1, which keeps its digits around 0
+inline __m512 tanh(__m512 x) {
+  __m512 doubled = _mm512_mul_ps(_mm512_set1_ps(2 * LOG2E), x);
+  // beyond it is 1 in float; of NaN both are NaN
+  doubled = _mm512_max_ps(_mm512_set1_ps(-30.0f), _mm512_min_ps(_mm512_set1_ps(30.0f), doubled));
+  __m512 whole = _mm512_roundscale_ps(doubled, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m512 rest = _mm512_sub_ps(doubled, whole), one = _mm512_set1_ps(1.0f);
+  __m512 less_one = _mm512_mul_ps(polynomial(rest, POWER, std::size(POWER)), rest);
+  __m512 scaled = _mm512_scalef_ps(one, whole);
+  __m512 e = _mm512_fmadd_ps(scaled, less_one, _mm512_sub_ps(scaled, one));
+  return _mm512_div_ps(e, _mm512_add_ps(e, _mm512_set1_ps(2.0f)));
+}
+
+template <bool PAIRS>
+inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
+#if HAS_PAIRS
+  if constexpr (PAIRS) return _mm512_dpbf16_ps(c, (__m512bh)a, (__m512bh)b);
+#endif
+  return _mm512_fmadd_ps(a, b, c);
+}
+
+template <bool PAIRS, bool ACROSS, int R, int C>
+void tile(const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc, bool add) {
+  __m512 sums[R][C];
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) sums[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * LANES) : _mm512_setzero_ps();
+  for (long i = 0; i < steps; ++i) {
+    __m512 row[C];
+    for (int j = 0; j < C; ++j) row[j] = _mm512_loadu_ps(b + i * ldb + j * LANES);
+    for (int r = 0; r < R; ++r) {
+      const __m512 one = _mm512_set1_ps(ACROSS ? a[i * lda + r] : a[r * lda + i]);
+      for (int j = 0; j < C; ++j) sums[r][j] = multiply_add<PAIRS>(one, row[j], sums[r][j]);
+    }
+  }
+  for (int r = 0; r < R; ++r)
+    for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + j * LANES, sums[r][j]);
+}
+
+using Tile = void (*)(const float*, long, const float*, long, long, float*, long, bool);
+
+template <bool P, bool A, int R>
+constexpr Tile TILES_OF[] = {tile<P, A, R, 1>, tile<P, A, R, 2>, tile<P, A, R, 3>, tile<P, A, R, 4>};
+template <bool P, bool A>
+constexpr const Tile* TILES[] = {TILES_OF<P, A, 1>, TILES_OF<P, A, 2>, TILES_OF<P, A, 3>,
+                                 TILES_OF<P, A, 4>, TILES_OF<P, A, 5>, TILES_OF<P, A, 6>};
+
+// c = a·b, or c + a·b: a [rows, steps], or ACROSS [steps, rows], b [steps, 16·vectors]; up to GROUP rows and four vectors.
+template <bool PAIRS, bool ACROSS = false>
+void product(long rows, long vectors, const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc,
+             bool add) {
+  TILES<PAIRS, ACROSS>[rows - 1][vectors - 1](a, lda, b, ldb, steps, c, ldc, add);
+}
+
+// Rows as columns, [steps, PANEL] of up to PANEL rows [rows, D].
+template <bool PAIRS, class T>
+void pack_columns(const T* x, long stride, long D, long rows, long steps, float* to) {
+  const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
+                                        _mm512_set1_epi32(static_cast<int>(stride)));
+  for (long j = 0; j < PANEL; j += LANES, x += LANES * stride, rows -= LANES) {
+    const __mmask16 some = lanes(rows);
+    if constexpr (PAIRS) {
+      for (long i = 0; i < D / 2; ++i)
+        _mm512_storeu_si512(to + i * PANEL + j, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, x + 2 * i, 2));
+      if (D % 2) {
+        uint32_t last[LANES] = {};
+        for (long l = 0; l < std::min(LANES, rows); ++l) last[l] = x[l * stride + D - 1].bits;
+        std::memcpy(to + D / 2 * PANEL + j, last, sizeof last);
+      }
+    } else if constexpr (std::is_same_v<T, float>) {
+      for (long i = 0; i < steps; ++i)
+        _mm512_storeu_ps(to + i * PANEL + j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x + i, 4));
+    } else {
+      float row[LANES];
+      for (long i = 0; i < steps; i += LANES)
+        for (long l = 0; l < LANES; ++l) {
+          _mm512_storeu_ps(row, l < rows ? load(x + l * stride + i, lanes(D - i)) : _mm512_setzero_ps());
+          for (long d = i; d < std::min(steps, i + LANES); ++d) to[d * PANEL + j + l] = row[d - i];
+        }
+    }
+  }
+}
+
+// Rows as right operands, [padded, or half of it, width] of rows [rows, D].
+template <bool PAIRS, class T>
+void pack_rows(const T* x, long stride, long D, long rows, long padded, long width, float* to) {
+  for (long d = 0; d < width; d += LANES) {
+    const __mmask16 some = lanes(D - d);
+    if constexpr (PAIRS) {
+      auto row = [&](long n) {
+        return n < rows ? _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(some, x + n * stride + d)) : _mm512_setzero_si512();
+      };
+      for (long n = 0; n < padded; n += 2)
+        _mm512_storeu_si512(to + n / 2 * width + d, _mm512_or_si512(row(n), _mm512_slli_epi32(row(n + 1), 16)));
+    } else {
+      for (long n = 0; n < padded; ++n)
+        _mm512_storeu_ps(to + n * width + d, n < rows ? load(x + n * stride + d, some) : _mm512_setzero_ps());
+    }
+  }
+}
+
+// Rows as left operands, [rows, steps] of rows [rows, D].
+template <bool PAIRS, class T>
+void pack_left(const T* x, long stride, long D, long rows, long steps, float* to) {
+  for (long r = 0; r < rows; ++r, x += stride, to += steps) {
+    if constexpr (PAIRS) {
+      to[steps - 1] = 0;
+      std::memcpy(to, x, D * sizeof(T));
+    } else {
+      for (long d = 0; d < D; d += LANES) store(to + d, load(x + d, lanes(D - d)), lanes(D - d));
+    }
+  }
+}
+
+struct Range {
+  long first, last;
+};
+
+// The keys that row m sees.
+inline Range seen_by(const Call& c, long m) {
+  const long first = c.firsts != nullptr ? c.firsts[m] : c.first + c.down * m;
+  const long last = c.lasts != nullptr ? c.lasts[m] : c.last + c.right * m;
+  return {std::clamp(first, 0L, c.N), std::clamp(last, 0L, c.N)};
+}
+
+// What is added to the scores of some of 16 keys from n on.
+template <class T>
+inline __m512 bias(const Call& c, long b, long h, long m, long n, __mmask16 some) {
+  if (c.bias == nullptr) return _mm512_setzero_ps();
+  const long at = b * c.bias_b + h * c.bias_h + m * c.bias_m + n * c.bias_n;
+  auto of = [&](const auto* x) { return c.bias_n == 0 ? _mm512_set1_ps(number(x)) : load(x, some); };
+  return c.bias_is_float ? of(static_cast<const float*>(c.bias) + at) : of(static_cast<const T*>(c.bias) + at);
+}
+
+}  // namespace

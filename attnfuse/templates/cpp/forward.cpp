@@ -1,0 +1,239 @@
+// Attention forward: see templates/native.py for what is asked.
+//
+// Keys and values of some heads are packed into panels (`Packed`), then each task takes BLOCK_M rows of a head through the
+// blocks of keys that they see: scores, softmax on line (Milakov and Gimelshein 2018; Dao 2023, FlashAttention-2), products
+// with the values.  What leaves a block are its rows of the output and their log-sum-exp.
+
+namespace {
+
+constexpr long BLOCK_M = 48;
+constexpr long BLOCK_N = 256;
+
+// Where packed operands lie, in floats.
+template <bool PAIRS>
+struct Packed {
+  long steps;  // of q·kᵀ
+  long width;  // of v, whole vectors
+  long keys;   // whole panels
+  long head;   // of the keys, [panels, steps, PANEL], and values, [keys or pairs of them, width], of a head
+  long block;  // of what a task needs beside them
+  explicit Packed(const Call& c)
+      : steps(PAIRS ? (c.D + 1) / 2 : c.D),
+        width(up(c.Dv, LANES)),
+        keys(up(c.N, PANEL)),
+        head(keys * steps + rows_of(keys) * width),
+        block(BLOCK_M * (up(steps, LANES) + BLOCK_N + (PAIRS ? BLOCK_N / 2 : 0) + width)) {}
+  static long rows_of(long keys) { return PAIRS ? keys / 2 : keys; }
+};
+
+// Rows [m0, m0 + BLOCK_M) of one head.
+template <bool PAIRS, class T>
+class Block {
+ public:
+  Block(const Call& c, const Packed<PAIRS>& packed, long b, long h, long m0, float* scratch)
+      : c_(c), packed_(packed), rows_(std::min(BLOCK_M, c.M - m0)), b_(b), h_(h), m0_(m0) {
+    q_ = scratch;
+    scores_ = q_ + BLOCK_M * up(packed.steps, LANES);
+    weights_ = PAIRS ? scores_ + BLOCK_M * BLOCK_N : scores_;
+    out_ = weights_ + BLOCK_M * LDW;
+    // plain scores are multiples of what the product gives in the exponent of two; zero times what stands for a key that is not
+    // seen would be no number
+    general_ = c.bias != nullptr || c.cap != 0 || c.scale == 0;
+    unit_ = general_ ? LOG2E : static_cast<float>(c.scale * 1.4426950408889634);
+    const T* q = static_cast<const T*>(c.q) + b * c.q_b + h * c.q_h + m0 * c.q_m;
+    pack_left<PAIRS>(q, c.q_m, c.D, rows_, packed.steps, q_);
+    for (long r = 0; r < rows_; ++r) {
+      most_[r] = -INF;
+      sum_[r] = 0;
+      seen_[r] = seen_by(c, m0 + r);
+    }
+    std::fill(out_, out_ + rows_ * packed.width, 0.0f);
+  }
+
+  void run(const float* keys, const float* values) {
+    auto [first, last] = hull(0, rows_, 0, c_.N);
+    for (long n0 = first / PANEL * PANEL; n0 < last; n0 += BLOCK_N)
+      for (long r0 = 0; r0 < rows_; r0 += GROUP) {
+        const long r1 = std::min(r0 + GROUP, rows_);
+        auto [n_first, n_last] = hull(r0, r1, n0, std::min(n0 + BLOCK_N, last));
+        if (n_first >= n_last) continue;
+        for (long n = n_first / PANEL * PANEL; n < n_last; n += PANEL)
+          product<PAIRS>(r1 - r0, up(std::min(PANEL, n_last - n), LANES) / LANES, q_ + r0 * packed_.steps, packed_.steps,
+                         keys + n * packed_.steps, PANEL, packed_.steps, scores_ + r0 * BLOCK_N + n - n0, BLOCK_N, false);
+        const long c0 = (n_first - n0) / LANES * LANES, c1 = up(n_last - n0, LANES);
+        for (long r = r0; r < r1; ++r) weigh(r, n0, c0, c1);
+        for (long d = 0; d < packed_.width; d += PANEL)
+          product<PAIRS>(r1 - r0, std::min(PANEL, packed_.width - d) / LANES, weights_ + r0 * LDW + packed_.rows_of(c0), LDW,
+                         values + packed_.rows_of(n0 + c0) * packed_.width + d, packed_.width, packed_.rows_of(c1 - c0),
+                         out_ + r0 * packed_.width + d, packed_.width, true);
+      }
+    finish();
+  }
+
+ private:
+  static constexpr long LDW = PAIRS ? BLOCK_N / 2 : BLOCK_N;
+
+  // The keys of [n0, n1) between the first and the last that one of some rows sees.
+  Range hull(long r0, long r1, long n0, long n1) const {
+    Range found{n1, n0};
+    for (long r = r0; r < r1; ++r)
+      if (seen_[r].first < seen_[r].last)
+        found = {std::min(found.first, seen_[r].first), std::max(found.last, seen_[r].last)};
+    return {std::max(found.first, n0), std::min(found.last, n1)};
+  }
+
+  // Scores of row r as the exponents of their weights, those of keys that it does not see -inf; their greatest.
+  float score(float* row, long r, long n0, long c0, long c1) {
+    const long head = c0 / LANES * LANES, tail = c1 / LANES * LANES;
+    auto in = [&](long i) {
+      return static_cast<__mmask16>(lanes(c1 - i) & (i < c0 ? 0xffff << (c0 - i) : 0xffff));
+    };
+    const __m512 least = _mm512_set1_ps(-INF), unit = _mm512_set1_ps(unit_);
+    __m512 most = least;
+    if (general_) {
+      const float cap = static_cast<float>(c_.cap);
+      const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
+      for (long i = head; i < c1; i += LANES) {
+        const __mmask16 some = in(i);
+        const __m512 add = bias<T>(c_, b_, h_, m0_ + r, n0 + i, some);
+        __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + i), scale);
+        x = cap != 0 ? _mm512_fmadd_ps(_mm512_set1_ps(cap), tanh(x), add) : _mm512_add_ps(x, add);
+        x = _mm512_mask_mov_ps(least, some, x);
+        _mm512_storeu_ps(row + i, x);
+        most = _mm512_max_ps(most, x);
+      }
+      return _mm512_reduce_max_ps(most);
+    }
+    if (head < c0) edge(row + head, in(head));
+    if (tail < c1) edge(row + tail, in(tail));
+    for (long i = head; i < c1; i += LANES) most = _mm512_max_ps(most, _mm512_mul_ps(unit, _mm512_loadu_ps(row + i)));
+    return _mm512_reduce_max_ps(most);
+  }
+
+  // Lanes that are left out become the least of the row: times a negative scale +inf is.
+  void edge(float* x, __mmask16 in) const {
+    _mm512_storeu_ps(x, _mm512_mask_mov_ps(_mm512_set1_ps(unit_ < 0 ? INF : -INF), in, _mm512_loadu_ps(x)));
+  }
+
+  // Weights of row r for the columns [c0, c1) of a block, relative to its greatest score so far; the sums so far follow.
+  void weigh(long r, long n0, long c0, long c1) {
+    float* row = scores_ + r * BLOCK_N;
+    float* to = weights_ + r * LDW;
+    const long x0 = std::max(seen_[r].first - n0, c0), x1 = std::max(std::min(seen_[r].last - n0, c1), x0);
+    const long head = x0 / LANES * LANES, tail = up(x1, LANES);
+    if (x0 == x1) return clear(to, c0, c1);
+    const float most = std::max(most_[r], score(row, r, n0, x0, x1));
+    if (most > most_[r]) {
+      if (sum_[r] != 0) shrink(r, most);
+      most_[r] = most;
+    }
+    const __m512 unit = _mm512_set1_ps(unit_), base = _mm512_set1_ps(most == -INF ? 0.0f : most);
+    __m512 sum = _mm512_setzero_ps();
+    clear(to, c0, head);
+    for (long i = head; i < x1; i += LANES) {
+      const __m512 x = _mm512_loadu_ps(row + i);
+      // a general score can be finfo.min, of which no multiple is finite
+      const __m512 weight =
+          exp2(general_ ? _mm512_mul_ps(unit, _mm512_sub_ps(x, base)) : _mm512_fmsub_ps(unit, x, base));
+      sum = _mm512_add_ps(sum, weight);
+      put(to, i, weight);
+    }
+    clear(to, tail, c1);
+    sum_[r] += _mm512_reduce_add_ps(sum);
+  }
+
+  void shrink(long r, float most) {
+    const float factor = std::exp2(general_ ? (most_[r] - most) * LOG2E : most_[r] - most);
+    sum_[r] *= factor;
+    float* row = out_ + r * packed_.width;
+    for (long d = 0; d < packed_.width; d += LANES)
+      _mm512_storeu_ps(row + d, _mm512_mul_ps(_mm512_set1_ps(factor), _mm512_loadu_ps(row + d)));
+  }
+
+  static void put(float* row, long i, __m512 x) {
+#if HAS_PAIRS
+    if constexpr (PAIRS) {
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(row + i / 2), (__m256i)_mm512_cvtneps_pbh(x));
+      return;
+    }
+#endif
+    _mm512_storeu_ps(row + i, x);
+  }
+
+  static void clear(float* row, long c0, long c1) {
+    for (long i = c0; i < c1; i += LANES) put(row, i, _mm512_setzero_ps());
+  }
+
+  void finish() {
+    T* to = static_cast<T*>(c_.out) + b_ * c_.out_b + h_ * c_.out_h + m0_ * c_.out_m;
+    float* lse = c_.lse + b_ * c_.lse_b + h_ * c_.lse_h + m0_;
+    for (long r = 0; r < rows_; ++r, to += c_.out_m) {
+      const bool none = sum_[r] == 0;
+      const float dead = seen_[r].first < seen_[r].last ? static_cast<float>(c_.dead) : 0.0f;
+      for (long d = 0; d < c_.Dv; d += LANES) {
+        const __m512 x = _mm512_loadu_ps(out_ + r * packed_.width + d);
+        store(to + d, none ? _mm512_set1_ps(dead) : _mm512_mul_ps(_mm512_set1_ps(1.0f / sum_[r]), x), lanes(c_.Dv - d));
+      }
+      lse[r] = none ? -INF : most_[r] * (general_ ? 1.0f : 1 / LOG2E) + std::log(sum_[r]);
+    }
+  }
+
+  const Call& c_;
+  const Packed<PAIRS>& packed_;
+  const long rows_, b_, h_, m0_;
+  bool general_;
+  float unit_;
+  float *q_, *scores_, *weights_, *out_;
+  float most_[BLOCK_M], sum_[BLOCK_M];
+  Range seen_[BLOCK_M];
+};
+
+template <bool PAIRS, class T>
+void run(const Call& c) {
+  const Packed<PAIRS> packed(c);
+  float* heads = c.scratch + c.threads * packed.block;
+  const long together = std::max(1L, (c.scratch_floats - c.threads * packed.block) / packed.head);
+  const long all = c.B * c.Hkv, group = c.H / c.Hkv, blocks = up(c.M, BLOCK_M) / BLOCK_M, panels = packed.keys / PANEL;
+#pragma omp parallel num_threads(c.threads)
+  for (long start = 0; start < all; start += together) {
+    const long some = std::min(together, all - start);
+#pragma omp for
+    for (long i = 0; i < some * panels; ++i) {
+      const long at = i / panels, n = i % panels * PANEL, b = (start + at) / c.Hkv, h = (start + at) % c.Hkv;
+      const T* k = static_cast<const T*>(c.k) + b * c.k_b + h * c.k_h + n * c.k_n;
+      const T* v = static_cast<const T*>(c.v) + b * c.v_b + h * c.v_h + n * c.v_n;
+      float* to = heads + at * packed.head;
+      const long keys = std::min(PANEL, c.N - n);
+      pack_columns<PAIRS>(k, c.k_n, c.D, keys, packed.steps, to + n * packed.steps);
+      to += packed.keys * packed.steps + packed.rows_of(n) * packed.width;
+      pack_rows<PAIRS>(v, c.v_n, c.Dv, keys, PANEL, packed.width, to);
+    }
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < some * group * blocks; ++i) {
+      const long at = i / (group * blocks), b = (start + at) / c.Hkv;
+      const long h = (start + at) % c.Hkv * group + i / blocks % group;
+      // the last rows first: under a causal mask they take longest
+      const long m = (blocks - 1 - i % blocks) * BLOCK_M;
+      const float* keys = heads + at * packed.head;
+      Block<PAIRS, T>(c, packed, b, h, m, c.scratch + omp_get_thread_num() * packed.block)
+          .run(keys, keys + packed.keys * packed.steps);
+    }
+  }
+}
+
+template <bool PAIRS>
+int64_t floats(const Call& c, int64_t heads) {
+  const Packed<PAIRS> packed(c);
+  return c.threads * packed.block + heads * packed.head;
+}
+
+}  // namespace
+
+// What a call needs in `scratch` to run `heads` KV heads at a time, in floats.
+extern "C" int64_t forward_floats(const Call* c, int64_t pairs, int64_t heads) {
+  return HAS_PAIRS && pairs ? floats<true>(*c, heads) : floats<false>(*c, heads);
+}
+
+extern "C" void forward_f32(const Call* c) { run<false, float>(*c); }
+extern "C" void forward_f16(const Call* c) { run<false, f16>(*c); }
+extern "C" void forward_bf16(const Call* c) { run<HAS_PAIRS != 0, bf16>(*c); }

@@ -1,0 +1,129 @@
+"""Calls of a flash kernel on the CPU: ours where it is built and faster (`native`), else the library's.
+
+Both take grouped heads as they are, where the library's of this torch does.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Final
+
+import torch
+from torch import Tensor
+
+from attnfuse.templates import native
+
+_FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+_BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
+_LSE_MOST: Final = 2**8
+_LSE_MOST_IN_HALF: Final = 2**13
+
+
+@cache
+def takes_groups() -> bool:
+    """Whether this torch's kernel reads KV head h // group for query head h, and sums their gradients; it is not documented."""
+    try:
+        q = torch.linspace(-1, 1, 1 * 4 * 3 * 8, dtype=torch.float32, device="cpu").view(1, 4, 3, 8)
+        k, v = q[:, :2] * 0.5, q[:, 2:].flip(2)
+        expanded = [x.repeat_interleave(2, 1) for x in (k, v)]
+        out, lse = _FORWARD(q, k, v)
+        grads = _BACKWARD(q, q, k, v, out, lse, 0.0, False)
+    except RuntimeError:
+        return False
+    same, same_lse = _FORWARD(q, *expanded)
+    dq, *dkv = _BACKWARD(q, q, *expanded, same, same_lse, 0.0, False)
+    expected = (same, same_lse, dq, *(x.view(1, 2, 2, 3, 8).sum(2) for x in dkv))
+    return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip((out, lse, *grads), expected, strict=True))
+
+
+def is_slow_in(dtype: torch.dtype, *, backward: bool) -> bool:
+    """Whether the library's kernel is called, and so slow in that type that operands are converted to float32 for it.
+
+    It multiplies float16 without vectors where the processor has no instructions for it: causal squares of 512 rows, 8 heads, D 64,
+    take 11 ns a cell forward and 139 backward on one core, in float32 5.6 and 14, in bfloat16 5.8 and 11.
+    """
+    if dtype != torch.float16 or native.has("amx_fp16"):
+        return False
+    return not (native.differentiates(dtype) if backward else native.serves(dtype))
+
+
+def unit_stride(x: Tensor) -> Tensor:
+    """The kernel takes every stride but one: a last axis that is not dense is read wrongly."""
+    return x if x.stride(-1) == 1 or x.shape[-1] == 1 else x.contiguous()
+
+
+def has_digits(lse: Tensor, out: Tensor) -> bool:
+    """Whether exp(score - lse) keeps the digits of the type of `out`."""
+    most = lse.masked_fill(lse == -torch.inf, 0.0).abs().max()
+    return bool(most <= (_LSE_MOST if out.dtype.itemsize >= 4 else _LSE_MOST_IN_HALF))
+
+
+def _without_the_dead(
+    values: Tensor, sums: Tensor, mask: Tensor, *, causal: bool, value: float
+) -> tuple[Tensor, Tensor]:
+    """NaN, or `value`, and -inf where every score is -inf; the kernel leaves zeros, as the log-sum-exp too."""
+    if causal:
+        visible = torch.ones((values.shape[-2], mask.shape[-1]), dtype=torch.bool).tril_()
+        mask = torch.where(visible, mask, -torch.inf)
+    dead = mask.amax(-1) == -torch.inf
+    return values.masked_fill(dead[..., None], value), sums.masked_fill(dead, -torch.inf)
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+    dead: float | None = None,
+) -> tuple[Tensor, Tensor]:
+    """out [B, H, M, D] and lse [B, H, M]; zeros, and -inf or 0, in rows whose every score is -inf.
+
+    Args:
+        q, k, v: [B, H, M, D], [B, Hkv, N, D] and [B, Hkv, N, D], of one type.
+        causal: row m sees the keys up to m.
+        mask: [B, H, M, N], added to the scores, fp32 or of the operands' type.
+        dead: where there may be rows whose every score is -inf, what they are; their lse is -inf then.
+    """
+    q, k, v = map(unit_stride, (q, k, v))
+    if native.serves(q.dtype):
+        B, H, M, D = q.shape
+        out = torch.empty_permuted((B, H, M, D), (0, 2, 1, 3), dtype=q.dtype)
+        lse = torch.empty((B, H, M), dtype=torch.float32)
+        bias = None if mask is None else native.Bias.of(mask)
+        keys = _seen(k, causal=causal)
+        native.forward(q, k, v, out, lse, native.Score(scale, bias=bias), keys, 0.0 if dead is None else dead)
+        return out, lse
+    out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
+    if dead is not None and mask is not None and bool((lse == 0).any()):
+        return _without_the_dead(out, lse, mask, causal=causal, value=dead)
+    return out, lse
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    scale: float,
+    *,
+    causal: bool = False,
+    mask: Tensor | None = None,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight."""
+    dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
+    if native.differentiates(q.dtype):
+        dq, dk, dv = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (q, k, v))
+        score = native.Score(scale, bias=None if mask is None else native.Bias.of(mask))
+        native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, _seen(k, causal=causal))
+        return dq, dk, dv
+    dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
+    return dq, dk, dv
+
+
+def _seen(k: Tensor, *, causal: bool) -> native.Keys:
+    return native.Keys(0, 1, 0, 1) if causal else native.Keys(0, k.shape[2])

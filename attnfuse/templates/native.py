@@ -1,0 +1,263 @@
+"""attnfuse's own flash kernels for processors with AVX-512, `cpp`: built once a machine, through Inductor's cache.
+
+They serve `s*scale + bias`, softcapped or not, where each row sees the keys from one to another.  PyTorch's kernel for the CPU,
+which serves the rest, multiplies with half of the processor's vectors in some types (`is_faster_in`).
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import math
+import struct
+from functools import cache
+from pathlib import Path
+from typing import Any, Final, NamedTuple
+
+import torch
+from torch import Tensor
+
+log = logging.getLogger(__name__)
+
+_SOURCES: Final = Path(__file__).parent / "cpp"
+_TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# Packed keys and values of KV heads whose rows run at a time: in the caches, and little beside what a model holds.
+_PACKED_BYTES: Final = 1 << 21
+# Tasks for each thread, at least, as far as there are heads; rows of a task of `forward.cpp`.
+_TASKS: Final = 4
+_ROWS_OF_TASK: Final = 48
+# `Call` of `common.h`
+_CALL: Final = struct.Struct("14P48q3d")
+
+
+class Keys(NamedTuple):
+    """Row m of a call sees the keys from first + down·m up to, without, last + right·m, as far as there are any.
+
+    Args:
+        rows: instead, the first and last of each row, contiguous int64 [2, M].
+    """
+
+    first: int
+    last: int
+    down: int = 0
+    right: int = 0
+    rows: Tensor | None = None
+
+
+class Bias(NamedTuple):
+    """A number for each batch, head, row and key, anywhere in the memory of a tensor.
+
+    Args:
+        x: fp32, or of the operands' type.
+        strides: of the four axes, in elements; that of keys 0 or 1, others of any sign.
+        offset: of the first element, beside the storage offset of x.
+    """
+
+    x: Tensor
+    strides: tuple[int, int, int, int]
+    offset: int = 0
+
+    @classmethod
+    def of(cls, x: Tensor) -> Bias:
+        """A tensor [B, H, M, N], sizes of 1 or strides of 0 for what is the same."""
+        if x.shape[3] > 1 and x.stride(3) not in (0, 1):
+            x = x.contiguous()
+        b, h, m, n = (0 if size == 1 else stride for size, stride in zip(x.shape, x.stride(), strict=True))
+        return cls(x, (b, h, m, n))
+
+
+class Score(NamedTuple):
+    """`s*scale + bias`, or, with a cap that is not 0, `cap*tanh(s*scale / cap) + bias`."""
+
+    scale: float
+    cap: float = 0.0
+    bias: Bias | None = None
+
+
+@cache
+def _library(name: str) -> Any:
+    """The functions of a file of `cpp`, built if they were not before, or a text that says why there are none."""
+    try:
+        from torch._inductor.codecache import CppCodeCache
+
+        library = CppCodeCache.load("".join((_SOURCES / file).read_text() for file in ("common.h", f"{name}.cpp")))
+        for dtype in _TYPES.values():
+            function = getattr(library, f"{name}_{dtype}")
+            function.argtypes, function.restype = (ctypes.c_char_p,), None
+        floats = getattr(library, f"{name}_floats")
+        floats.argtypes, floats.restype = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_int64
+        return library
+    except Exception as error:
+        # whatever a compiler, and Inductor about it, may raise: the library's kernel serves instead
+        lines = [line for line in str(error).splitlines() if "error" in line.lower()]
+        reason = f"{type(error).__name__}: {lines[-1].strip() if lines else error}"
+        log.warning("attnfuse's CPU kernels could not be built, PyTorch's are used: %s", reason)
+        return reason
+
+
+def has(feature: str) -> bool:
+    """Whether torch says that the processor has a feature, `avx512`, `amx_tile`, …."""
+    # neither public nor the same in all versions
+    known = getattr(torch.cpu, f"_is_{feature}_supported", None)
+    return known is not None and bool(known())
+
+
+@cache
+def _vendor() -> str:
+    """The processor's vendor as Linux names it, or nothing."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        return ""
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+
+
+@cache
+def is_faster_in(dtype: torch.dtype) -> bool:
+    """Whether the library's kernel is known to leave vectors of this processor unused in that type.
+
+    In float32 on processors of AMD, where MKL takes AVX2's; in bfloat16 and float16 where there are no tiles (AMX) for them, as it
+    converts to float32 then. Elsewhere nothing was measured, and the library serves.
+    """
+    if not has("avx512"):
+        return False
+    if dtype == torch.float32:
+        return _vendor() == "AuthenticAMD"
+    if dtype == torch.bfloat16:
+        return not has("amx_tile")
+    return dtype == torch.float16 and not has("amx_fp16")
+
+
+@cache
+def serves(dtype: torch.dtype) -> bool:
+    """Whether operands of that type go to this kernel."""
+    return is_faster_in(dtype) and not isinstance(_library("forward"), str)
+
+
+@cache
+def differentiates(dtype: torch.dtype) -> bool:
+    """Whether gradients of operands of that type come from these kernels."""
+    return serves(dtype) and not isinstance(_library("backward"), str)
+
+
+def about() -> str:
+    """What becomes of attention on this machine's CPU, for reports of the environment."""
+    wanted = [str(dtype).removeprefix("torch.") for dtype in _TYPES if is_faster_in(dtype)]
+    if not wanted:
+        return "PyTorch's"
+    found = _library("forward")
+    return f"PyTorch's, ours could not be built ({found})" if isinstance(found, str) else f"ours in {', '.join(wanted)}"
+
+
+def forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    score: Score,
+    keys: Keys,
+    dead: float = math.nan,
+) -> None:
+    """Writes the attention of rows to `out` and `lse`, which is -inf where no score is above that; a row without keys is zeros.
+
+    Args:
+        q: [B, H, M, D] of a type that is served; as k, v and out it has a dense last axis.
+        k: [B, Hkv, N, D].
+        v: [B, Hkv, N, Dv].
+        out: [B, H, M, Dv].
+        lse: [B, H, M], fp32, its last axis dense.
+        dead: what a row is that sees keys, but no score above -inf.
+    """
+    call = _Call(q, k, v, out, lse, score, keys, dead=dead)
+    rows = call.group * -(-q.shape[2] // _ROWS_OF_TASK)
+    of_head = k.shape[2] * (q.shape[3] + v.shape[3]) * q.element_size()
+    heads = max(1, _PACKED_BYTES // max(of_head, 1), -(-_TASKS * call.threads // max(rows, 1)))
+    call.run("forward", min(heads, call.kv_heads))
+
+
+def backward(
+    dout: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    out: Tensor,
+    lse: Tensor,
+    dq: Tensor | None,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    score: Score,
+    keys: Keys,
+    *,
+    dlse: Tensor | None = None,
+    adds: bool = False,
+) -> None:
+    """Writes the gradients of q, k and v that are wanted; a row whose lse is +inf gives none.
+
+    Args:
+        dout: [B, H, M, Dv], as q, k, v and out of `forward`, which these are; its last axis is dense.
+        lse: [B, H, M], fp32, what `forward` gave, or with the sink of each row.
+        dq: [B, H, M, D], of q's type.
+        dk: [B, Hkv, N, D], of q's type.
+        dv: [B, Hkv, N, Dv], of q's type.
+        dlse: [B, H, M], fp32, the gradient of lse.
+        adds: dk and dv are fp32, and added to.
+    """
+    call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=(dq, dk, dv), adds=adds)
+    call.run("backward", 0)
+
+
+def _address(x: Tensor | None) -> int:
+    return 0 if x is None else x.data_ptr()
+
+
+def _strides(x: Tensor | None) -> tuple[int, ...]:
+    return (0, 0, 0) if x is None else x.stride()[:3]
+
+
+class _Call:
+    """The numbers of a call."""
+
+    def __init__(
+        self,
+        q: Tensor,
+        k: Tensor,
+        v: Tensor,
+        out: Tensor,
+        lse: Tensor,
+        score: Score,
+        keys: Keys,
+        *,
+        dead: float = math.nan,
+        dout: Tensor | None = None,
+        dlse: Tensor | None = None,
+        grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+        adds: bool = False,
+    ) -> None:
+        B, H, M, D = q.shape
+        Hkv, N = k.shape[1:3]
+        self.group, self.kv_heads, self.threads = H // Hkv, B * Hkv, torch.get_num_threads()
+        self._dtype = q.dtype
+        scale, cap, bias = score
+        added = 0 if bias is None else bias.x.data_ptr() + bias.offset * bias.x.element_size()
+        ends = (0, 0) if keys.rows is None else (keys.rows[0].data_ptr(), keys.rows[1].data_ptr())
+        self._before = (q.data_ptr(), k.data_ptr(), v.data_ptr(), added, *ends, out.data_ptr(), lse.data_ptr())
+        self._between = (
+            *(_address(dout), _address(dlse), *map(_address, grads), B, H, Hkv, M, N, D, v.shape[3]),
+            *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2]),
+            *((0, 0, 0, 0) if bias is None else bias.strides),
+            bias is not None and bias.x.dtype == torch.float32,
+            *(*_strides(dout), *_strides(dlse), *(step for x in grads for step in _strides(x)), adds, *keys[:4]),
+        )
+        self._after = (scale, cap, dead)
+
+    def run(self, name: str, heads: int) -> None:
+        """Calls a kernel; `heads` are the KV heads whose operands it packs at a time."""
+        library = _library(name)
+        pairs = self._dtype == torch.bfloat16
+        floats = getattr(library, f"{name}_floats")(self._packed(0, 0), pairs, heads)
+        scratch = torch.empty(floats, dtype=torch.float32)
+        getattr(library, f"{name}_{_TYPES[self._dtype]}")(self._packed(scratch.data_ptr(), floats))
+
+    def _packed(self, scratch: int, floats: int) -> bytes:
+        return _CALL.pack(*self._before, scratch, *self._between, floats, self.threads, *self._after)

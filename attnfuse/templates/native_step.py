@@ -1,0 +1,238 @@
+"""The inner step that is a call of our own kernels (`native`): rows that see the keys from one number to another.
+
+The score is `s*scale + bias` or `cap*tanh(s*scale) + bias`, without dropout.  A bias that is a leaf, read by indices or along
+diagonals, is read where it is; another one is computed for some rows at a time.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import lru_cache
+from typing import Final, NamedTuple, TypeVar
+
+import torch
+from torch import Tensor
+
+from attnfuse.score import Expr, Load
+from attnfuse.spec import Shape, parse_spec
+from attnfuse.templates import diagonals, native
+from attnfuse.templates.affine import Capped, affine, capped, constant, where_allowed
+from attnfuse.templates.base import Inputs
+from attnfuse.templates.cover import Run, Segment
+from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
+from attnfuse.templates.flash_kernel import has_digits, unit_stride
+from attnfuse.templates.plain_step import Rows
+from attnfuse.templates.work import BLOCK_CELLS, Gradients, Work, tensor_of
+
+# Rows of whose bias all keys are in memory at a time, at least: keys are packed anew for each such block.
+_FEWEST_ROWS: Final = 192
+
+_Memory = TypeVar("_Memory", Tensor, Tensor | None)
+
+
+class _Plan(NamedTuple):
+    """The score as the kernel takes it.
+
+    Args:
+        load: the bias, where it is no more than that.
+        leaf: which of the leaves it loads.
+        offset: of a load along diagonals.
+    """
+
+    scale: float
+    cap: float
+    bias: Expr | None
+    evaluator: Evaluator | None = None
+    load: Load | None = None
+    leaf: int = 0
+    offset: int = 0
+
+
+@lru_cache(maxsize=1024)
+def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
+    spec = parse_spec(text)
+    body = where_allowed(spec.program)
+    form = affine(body) or capped(body)
+    if form is None or spec.dropout or shape.D == 0:
+        return None
+    named = named_sizes(shape, sizes)
+    scale, cap = constant(form.scale, named), 0.0
+    if isinstance(form, Capped):
+        found = constant(form.cap, named)
+        if scale is None or not found:
+            return None
+        scale, cap = scale * found, found
+    if scale is None:
+        return None
+    if form.bias is None:
+        return _Plan(scale, cap, None)
+    evaluator = Evaluator(spec, [form.bias])
+    if isinstance(form.bias, Load) and spec.leaf(form.bias.leaf).kind == "float":
+        leaf = [leaf.name for leaf in spec.leaves].index(form.bias.leaf)
+        along = diagonals.along(form.bias)
+        offset = None if along is None else constant(along.offset, named)
+        if axes_of(form.bias) is not None or offset is not None:
+            return _Plan(scale, cap, form.bias, evaluator, form.bias, leaf, int(offset or 0))
+    return _Plan(scale, cap, form.bias, evaluator)
+
+
+def _plan_for(inputs: Inputs) -> _Plan | None:
+    if inputs.q.dtype != inputs.v.dtype or not native.serves(inputs.q.dtype):
+        return None
+    return _plan(inputs.text, inputs.shape, inputs.sizes)
+
+
+def serves(work: Work, run: Run, segment: Segment) -> bool:
+    """Whether the kernel computes a segment."""
+    if run.holes or not (segment.exact or not (run.rows.loose or run.rows.asked)):
+        return False
+    return _plan_for(work.inputs) is not None
+
+
+def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
+    """Whether the kernel gives the wanted gradients of a segment.
+
+    Not those of a bias, nor from that of lse beside a sink, which is none of its keys, nor where lse has too few digits.
+    """
+    work = grads.work
+    if (
+        grads.from_body
+        or (grads.dlse is not None and work.sink is not None)
+        or not native.differentiates(work.inputs.q.dtype)
+        or not serves(work, run, segment)
+    ):
+        return False
+    plan = _plan_for(work.inputs)
+    assert plan is not None
+    lse = grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1]
+    return plan.bias is None or has_digits(lse, grads.out)
+
+
+def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) -> Iterator[Rows]:
+    """Writes the rows of a segment; yields those that have no key."""
+    inputs = work.inputs
+    plan = _plan_for(inputs)
+    assert plan is not None
+    k, v = (unit_stride(x[_keys_of(work, run)]) for x in (inputs.k, inputs.v))
+    for m0, m1, bias in _biases(work, run, segment, plan):
+        rows = slice(run.b0, run.b1), slice(run.h0, run.h1), slice(m0, m1)
+        q, score = unit_stride(inputs.q[rows]), native.Score(plan.scale, plan.cap, bias)
+        with _dense(out[rows]) as values:
+            native.forward(q, k, v, values, lse[rows], score, _keys(run, segment, m0, m1))
+    yield from _empty(run, segment)
+
+
+def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterator[Rows]:
+    """Adds what the rows of a segment give to the gradients; yields those that have no key."""
+    inputs = work.inputs
+    plan = _plan_for(inputs)
+    assert plan is not None
+    some = _keys_of(work, run)
+    k, v = (unit_stride(x[some]) for x in (inputs.k, inputs.v))
+    dk, dv = (None if x is None else x[some] for x in (grads.dk, grads.dv))
+    for m0, m1, bias in _biases(work, run, segment, plan):
+        rows = slice(run.b0, run.b1), slice(run.h0, run.h1), slice(m0, m1)
+        dout, q, out = (unit_stride(x[rows]) for x in (grads.dout, inputs.q, grads.out))
+        lse, dlse = unit_stride(grads.row_lse[rows]), None if grads.dlse is None else grads.dlse[rows]
+        score, keys = native.Score(plan.scale, plan.cap, bias), _keys(run, segment, m0, m1)
+        with _dense(None if grads.dq is None else grads.dq[rows]) as dq:
+            native.backward(dout, q, k, v, out, lse, dq, dk, dv, score, keys, dlse=dlse, adds=True)
+    yield from _empty(run, segment)
+
+
+def _keys_of(work: Work, run: Run) -> tuple[slice, slice, slice]:
+    """The batches, KV heads and keys of a run."""
+    return slice(run.b0, run.b1), slice(run.h0 // work.group, run.h1 // work.group), slice(run.lo, run.hi)
+
+
+def _empty(run: Run, segment: Segment) -> Iterator[Rows]:
+    """The rows of a segment that see no key."""
+    if segment.exact:
+        return
+    first, last = _ends(run, segment.m0, segment.m1)
+    empty = first >= last
+    if bool(empty.any()):
+        of_all = empty.expand(run.b1 - run.b0, run.h1 - run.h0, -1)
+        yield Rows((run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1), of_all)
+
+
+@contextmanager
+def _dense(x: _Memory) -> Iterator[_Memory]:
+    """Memory with a dense last axis, whose contents are those of `x` in the end."""
+    if x is None or x.stride(-1) == 1 or x.shape[-1] == 1:
+        yield x
+        return
+    dense = torch.empty_like(x, memory_format=torch.contiguous_format)
+    yield dense
+    x.copy_(dense)
+
+
+def _ends(run: Run, m0: int, m1: int) -> Tensor:
+    """The first key of each row and the one after its last, in the run's interval."""
+    ends = torch.stack((run.rows.first[0, m0:m1], run.rows.last[0, m0:m1]))
+    return ends.clamp_(run.lo, run.hi)
+
+
+def _keys(run: Run, segment: Segment, m0: int, m1: int) -> native.Keys:
+    """The keys of the rows [m0, m1) of a segment, counted from the run's first."""
+    if not segment.exact:
+        return native.Keys(0, 0, rows=_ends(run, m0, m1) - run.lo)
+    down, right, rows = segment.down, segment.right, m0 - segment.m0
+    return native.Keys(segment.first + down * rows - run.lo, segment.last + right * rows - run.lo, down, right)
+
+
+def _biases(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[tuple[int, int, native.Bias | None]]:
+    """The rows of a segment in parts, with the bias of each for the keys of the run."""
+    m0, m1 = segment.m0, segment.m1
+    if plan.bias is None:
+        yield m0, m1, None
+        return
+    whole = _where_it_is(work, run, segment, plan)
+    if whole is not None:
+        yield m0, m1, whole
+        return
+    batches, heads, keys = (run.b0, run.b1), (run.h0, run.h1), (run.lo, run.hi)
+    axes = varies(plan.bias)
+    cells = keys[1] - keys[0]
+    for axis, (first, last) in (("b", batches), ("h", heads)):
+        cells *= last - first if axis in axes else 1
+    height = m1 - m0
+    if "m" in axes:
+        height = max(_FEWEST_ROWS, BLOCK_CELLS // max(cells, 1))
+    assert plan.evaluator is not None
+    for first in range(m0, m1, height):
+        last = min(first + height, m1)
+        asked = (first, last) if "m" in axes else (first, first + 1)
+        value = tensor_of(plan.evaluator(work.block(batches, heads, asked, keys))[0], torch.float32)
+        yield first, last, native.Bias.of(value)
+
+
+def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.Bias | None:
+    """A bias that is a leaf as it is in memory."""
+    if plan.load is None or work.reordered:
+        return None
+    x = work.inputs.leaves[plan.leaf]
+    if x.dtype != work.inputs.q.dtype:
+        x = x.to(torch.float32)
+    ranges = (run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1), (run.lo, run.hi)
+    strides = [0, 0, 0, 0]
+    offset = 0
+    along = diagonals.along(plan.load)
+    lead = axes_of(plan.load) if along is None else along.lead
+    assert lead is not None
+    for axis, size, stride in zip(lead, x.shape, x.stride(), strict=False):
+        if ranges[axis][1] > size:
+            return None
+        strides[axis] = stride
+        offset += ranges[axis][0] * stride
+    if along is not None:
+        length, step = x.shape[-1], x.stride(-1)
+        (m0, m1), (n0, n1) = ranges[2:]
+        if n0 - (m1 - 1) + plan.offset < 0 or n1 - 1 - m0 + plan.offset >= length:
+            return None
+        strides[2:] = -step, step
+        offset += (n0 - m0 + plan.offset) * step
+    if strides[3] not in (0, 1):
+        return None
+    return native.Bias(x, (strides[0], strides[1], strides[2], strides[3]), offset)
