@@ -175,14 +175,12 @@ def test_small_ones_are_left_alone(small: str) -> None:
     assert [remark.kind for remark in gated.remarks] == ["fused"]
 
 
-@pytest.mark.parametrize("narrow", [False, True])
-def test_in_bfloat16_more_are_small_where_its_products_are_fast(narrow: bool, monkeypatch: pytest.MonkeyPatch) -> None:
-    """36 scores a head: sixteen times what is written out is less, or four times as much is not."""
-    monkeypatch.setattr(sys.modules[decide.__module__], "has_narrow_products", lambda: narrow)
-    for dtype in (torch.bfloat16, torch.float32):
-        remarks = check(difference, *given(dtype), options={"inline_scores": 1}, gradients=False).remarks
-        left = narrow and dtype == torch.bfloat16
-        assert [remark.kind for remark in remarks] == ["declined" if left else "fused"] * 2
+@pytest.mark.parametrize("ours", [False, True])
+def test_fewer_are_small_where_attnfuse_has_a_kernel(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """36 scores a head: more than twice what `inline_scores` says, and less than sixteen times that."""
+    monkeypatch.setattr(sys.modules[decide.__module__], "serves", lambda dtype: ours)
+    remarks = check(difference, *given(), options={"inline_scores": 16}, gradients=False).remarks
+    assert [remark.kind for remark in remarks] == ["fused" if ours else "declined"] * 2
 
 
 def test_dropout_of_each_term() -> None:

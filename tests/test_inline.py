@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -123,20 +124,25 @@ def test_dropout(called: bool) -> None:
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
-def test_bfloat16_is_written_out_where_its_products_are_fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Also a plain call, up to four times the scores."""
+def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    """But more of those whose scores the model rounds itself; and none is left to PyTorch's kernel."""
 
     def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v)
 
-    def code(length: int, dtype: torch.dtype) -> str:
-        (remark,) = check(called, *qkv(M=length, D=8, dtype=dtype), gradients=False).remarks
+    def spelled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return (q @ k.mT).softmax(-1) @ v
+
+    def code(fn: Callable[..., Tensor], length: int, dtype: torch.dtype) -> str:
+        (remark,) = check(fn, *qkv(M=length, D=8, dtype=dtype), gradients=False).remarks
         return remark.code
 
-    assert [code(16, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["AF001", "AF001"]
-    monkeypatch.setattr(sys.modules[decide.__module__], "has_narrow_products", lambda: True)
-    assert [code(16, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["AF011", "AF001"]
-    assert [code(length, torch.bfloat16) for length in (256, 257)] == ["AF011", "AF001"]
+    assert [code(called, 16, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["AF001", "AF001"]
+    monkeypatch.setattr(sys.modules[decide.__module__], "serves", lambda dtype: True)
+    for dtype in (torch.bfloat16, torch.float32):
+        assert [code(called, length, dtype) for length in (64, 65)] == ["AF011", "AF000"]
+    assert [code(spelled, length, torch.float32) for length in (64, 65)] == ["AF011", "AF000"]
+    assert [code(spelled, length, torch.bfloat16) for length in (256, 257)] == ["AF011", "AF000"]
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)

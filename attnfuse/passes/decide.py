@@ -22,14 +22,17 @@ from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
 from attnfuse.templates.choose import Choice, Refusal, choose
-from attnfuse.templates.inline import Inline, has_narrow_products, most_scores
+from attnfuse.templates.inline import Inline
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
+from attnfuse.templates.native import serves
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
-# So many times the scores that are written out an attention has at least for which a product more pays: see docs/design.md.
+# So many times `inline_scores` an attention has at least for which a product more pays, with PyTorch's kernels and with ours: see
+# docs/design.md.
 _SUM: Final = 16
+_SUM_BY_OURS: Final = 2
 
 
 @dataclass(frozen=True)
@@ -69,11 +72,8 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     form = call_for(what.spec) if isinstance(template, Library) else template if isinstance(template, Inline) else None
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
-    if (
-        SUMMED in site.anchor.meta
-        and what.shape.M * what.shape.N <= _SUM * most_scores(target)
-        and target.device == "cpu"
-    ):
+    few = (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
+    if SUMMED in site.anchor.meta and what.shape.M * what.shape.N <= few and target.device == "cpu":
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
     facts["tiles_skipped"] = round(_tiles_skipped(what, choice), 4)
     code = "AF010" if isinstance(form, Call) else "AF011" if isinstance(form, Inline) else "AF000"
@@ -107,7 +107,8 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
-        narrow_products=q.device.type == "cpu" and has_narrow_products(),
+        native=q.device.type == "cpu" and serves(site.dtype),
+        rounded=site.rounded,
     )
 
 

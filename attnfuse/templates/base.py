@@ -27,7 +27,8 @@ class Target(NamedTuple):
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
         inline_scores: up to how many scores a head (M·N) an attention may be written out; 0 where it may not, as where sizes
             are symbolic.
-        narrow_products: whether matrix products of bfloat16 are faster there than the library's kernel of it.
+        native: whether attnfuse's own kernels for the CPU serve that type there, see `native`.
+        rounded: whether the model rounds q·kᵀ to that type.
     """
 
     device: str
@@ -38,7 +39,8 @@ class Target(NamedTuple):
     unit_stride: bool = True
     arch: str = ""
     inline_scores: int = 0
-    narrow_products: bool = False
+    native: bool = False
+    rounded: bool = False
 
 
 class Tiles(NamedTuple):

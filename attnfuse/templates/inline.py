@@ -7,8 +7,8 @@ costs more than the memory traffic that it saves.  `Inline` never runs in the op
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache, lru_cache
-from typing import Final, NamedTuple
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -19,29 +19,19 @@ from attnfuse.templates.affine import added_mask, is_sum
 from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
 
-# In bfloat16, where its products are fast, an attention of so many times more scores is still faster written out.
-_MORE_IN_BFLOAT16: Final = 4
-
-
-@cache
-def has_narrow_products() -> bool:
-    """Whether this processor multiplies bfloat16 in vectors, which the library's flash kernel does not use, and has no tiles (AMX)
-    that it would use.
-
-    The kernel takes there as long as in float32. Ms of it and of a model's own products written out (those of a call of
-    `scaled_dot_product_attention` keep q and k in float32, and gain less), forward and with the backward (D 64, bfloat16, 2 cores
-    of an AMD EPYC): 2 x 8 heads of 128 rows 0.7 and 0.3, 3.3 and 0.9; 4 x 12 of 256 rows 6.4 and 2.5, 21 and 7; 4 x 12 of 512 rows
-    under a causal mask 21 and 11 to 41, 62 and 44 to 78.
-    """
-    # neither public nor the same in all versions
-    vectors, tiles = (getattr(torch.cpu, f"_is_{name}_supported", None) for name in ("avx512_bf16", "amx_tile"))
-    return vectors is not None and tiles is not None and bool(vectors()) and not tiles()
-
 
 def most_scores(target: Target) -> int:
-    """Up to how many scores a head attentions are written out."""
-    narrow = target.dtype == "bf16" and target.narrow_products
-    return target.inline_scores * (_MORE_IN_BFLOAT16 if narrow else 1)
+    """Up to how many scores a head attentions are written out, those of `inline_scores` being for PyTorch's kernels.
+
+    Ours are faster from less on: of 8 x 8 heads of 64 rows (D 64, 2 cores of an AMD EPYC) a call of SDPA takes 0.36 ms in float32
+    and 0.30 in bfloat16, written out 0.54 and 0.46; of 32 rows both take as long.  A model's own products in bfloat16, which round
+    the scores, are another matter: of 197 rows 2.4 ms by our kernel and 2.1 written out, of 256 rows 3.2 and 3.5.
+    """
+    if not target.native:
+        return target.inline_scores
+    if target.dtype == "bf16" and target.rounded:
+        return 4 * target.inline_scores
+    return target.inline_scores // 4
 
 
 class Inline:

@@ -50,8 +50,8 @@ class Library:
     name = "library"
 
     def reasons_against(self, spec: AttentionSpec, shape: Shape, target: Target) -> tuple[str, ...]:
-        """Score, mask and sink that the call cannot say; on the CPU operands without a flash kernel, and sizes at which it is
-        slower than plain operators: in training (1.1 to 1.2 times at 128 rows, float32); in bfloat16 see `has_narrow_products`."""
+        """Score, mask and sink that the call cannot say; on the CPU operands without a flash kernel, types for which attnfuse has a
+        faster one, and sizes at which it is slower than plain operators in training (1.1 to 1.2 times at 128 rows, float32)."""
         reasons = []
         if call_for(spec) is None:
             reasons.append(f"{spec.program}, takes only s*constant, over all keys or where n <= m")
@@ -60,12 +60,11 @@ class Library:
         if target.dtype != target.v_dtype:
             reasons.append(f"q is {target.dtype} and v {target.v_dtype}, takes one type")
         if target.device == "cpu":
-            narrow = target.dtype == "bf16" and target.narrow_products
-            if shape.M * shape.N <= most_scores(target) and (narrow or target.training):
-                why = "in training" if target.training else "in bf16"
-                reasons.append(
-                    f"{shape.M * shape.N} scores a head {why} on cpu, written out up to {most_scores(target)}"
-                )
+            if target.native:
+                reasons.append(f"{target.dtype} on this cpu, attnfuse's kernel is faster")
+            if shape.M * shape.N <= most_scores(target) and target.training:
+                scores = shape.M * shape.N
+                reasons.append(f"{scores} scores a head in training on cpu, written out up to {most_scores(target)}")
             if spec.dropout:
                 reasons.append(f"dropout {spec.dropout} on cpu, its flash kernel takes 0")
             if shape.D != shape.Dv:
