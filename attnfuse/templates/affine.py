@@ -27,6 +27,7 @@ from attnfuse.score import (
     substitute,
     walk,
 )
+from attnfuse.spec import AttentionSpec
 
 MINIMA: Final = {x: torch.finfo(x).min for x in (torch.float64, torch.float32, torch.bfloat16)}
 """The finite fills that are masks, by type. float16's is not among them: scores move it."""
@@ -94,6 +95,13 @@ def capped(body: Expr) -> Capped | None:
     # where s stands outside too, the sum of both is not linear
     outer = affine(substitute(body, {found[0]: S}))
     return None if outer is None else Capped(inner.scale, outer.scale, outer.bias)
+
+
+def as_load(spec: AttentionSpec, bias: Expr | None) -> Load | None:
+    """A bias that is no more than a load of floating-point numbers."""
+    while isinstance(bias, Call) and bias.op == "float":
+        (bias,) = bias.args
+    return bias if isinstance(bias, Load) and spec.leaf(bias.leaf).kind == "float" else None
 
 
 def added_mask(tier: Tier) -> Load | None:

@@ -77,6 +77,7 @@ def forward(
     *,
     causal: bool = False,
     mask: Tensor | None = None,
+    allowed: Tensor | None = None,
     dead: float | None = None,
 ) -> tuple[Tensor, Tensor]:
     """out [B, H, M, D] and lse [B, H, M]; zeros, and -inf or 0, in rows whose every score is -inf.
@@ -85,6 +86,7 @@ def forward(
         q, k, v: [B, H, M, D], [B, Hkv, N, D] and [B, Hkv, N, D], of one type.
         causal: row m sees the keys up to m.
         mask: [B, H, M, N], added to the scores, fp32 or of the operands' type.
+        allowed: bool, as `mask`: the keys that a row sees.
         dead: where there may be rows whose every score is -inf, what they are; their lse is -inf then.
     """
     q, k, v = map(unit_stride, (q, k, v))
@@ -92,10 +94,10 @@ def forward(
         B, H, M, D = q.shape
         out = torch.empty_permuted((B, H, M, D), (0, 2, 1, 3), dtype=q.dtype)
         lse = torch.empty((B, H, M), dtype=torch.float32)
-        bias = None if mask is None else native.Bias.of(mask)
-        keys = _seen(k, causal=causal)
-        native.forward(q, k, v, out, lse, native.Score(scale, bias=bias), keys, 0.0 if dead is None else dead)
+        score, keys = _score(scale, mask, allowed), _seen(k, causal=causal)
+        native.forward(q, k, v, out, lse, score, keys, 0.0 if dead is None else dead)
         return out, lse
+    mask = _together(mask, allowed, q)
     out, lse = _FORWARD(q, k, v, 0.0, causal, attn_mask=mask, scale=scale)
     if dead is not None and mask is not None and bool((lse == 0).any()):
         return _without_the_dead(out, lse, mask, causal=causal, value=dead)
@@ -113,16 +115,31 @@ def backward(
     *,
     causal: bool = False,
     mask: Tensor | None = None,
+    allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight."""
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
     if native.differentiates(q.dtype):
         dq, dk, dv = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (q, k, v))
-        score = native.Score(scale, bias=None if mask is None else native.Bias.of(mask))
+        score = _score(scale, mask, allowed)
         native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, _seen(k, causal=causal))
         return dq, dk, dv
+    mask = _together(mask, allowed, q)
     dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return dq, dk, dv
+
+
+def _score(scale: float, mask: Tensor | None, allowed: Tensor | None) -> native.Score:
+    bias, some = (None if x is None else native.Cells.of(x) for x in (mask, allowed))
+    return native.Score(scale, bias=bias, mask=some)
+
+
+def _together(mask: Tensor | None, allowed: Tensor | None, q: Tensor) -> Tensor | None:
+    """Mask and conditions as the library's kernel takes them."""
+    if allowed is None:
+        return mask
+    added = q.new_zeros((), dtype=torch.promote_types(q.dtype, torch.float32)) if mask is None else mask
+    return torch.where(allowed, added, -torch.inf)
 
 
 def _seen(k: Tensor, *, causal: bool) -> native.Keys:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnfuse.score import loads
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import diagonals, flash_kernel
+from attnfuse.templates import diagonals, flash_kernel, native
 from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Inputs
@@ -129,11 +129,12 @@ def spans_of(segment: Segment, scale: float) -> tuple[Span, ...] | None:
 
 
 class _Part(NamedTuple):
-    """One call of the kernel; `mask` [b, h, m, keys] is added to the scores."""
+    """One call of the kernel; `mask` [b, h, m, keys] is added to the scores, of keys that are not `allowed` -inf."""
 
     keys: Keys
     causal: bool = False
     mask: Tensor | None = None
+    allowed: Tensor | None = None
 
 
 class _Group(NamedTuple):
@@ -212,12 +213,12 @@ def _together(groups: Iterator[_Group]) -> Iterator[_Group | Band]:
         simple = len(group.parts) == 1 and group.empty is None and not group.may_be_dead
         longer = None
         if simple and band is not None:
-            ((keys, _, mask),) = group.parts
+            ((keys, _, mask, _),) = group.parts
             longer = band.longer(group.m, keys, mask)
         if longer is None and band is not None:
             yield band
         if simple:
-            ((keys, _, mask),) = group.parts
+            ((keys, _, mask, _),) = group.parts
             band = longer or Band(group.m, 1, keys, (0,) * len(keys.spans), mask)
         else:
             band = None
@@ -304,13 +305,19 @@ def _masked(
         some = reduce(torch.logical_or, (allowed.any(-1) for _, allowed in pieces))
         empty = _where(~some, shape)
     if plan.bias is None:
-        dims = [max(allowed.shape[dim] for _, allowed in pieces) for dim in range(3)]
-        mask = torch.zeros((*dims, keys.count), dtype=work.dtype)
+        mask = torch.zeros((*_dims(pieces), keys.count), dtype=work.dtype)
     else:
         m = rows if plan.bias_by_row else (rows[0], rows[0] + 1)
         value = plan.bias(work.block(batches, heads, m, keys.hull, keys.indices))[0]
         mask = tensor_of(value, work.dtype)
-        dims = [max(x.shape[dim] for x in (mask, *(allowed for _, allowed in pieces))) for dim in range(3)]
+        if pieces and native.serves(work.inputs.q.dtype):
+            # our kernel takes conditions beside a bias, which stays where it is
+            some = torch.ones((*_dims(pieces), keys.count), dtype=torch.bool)
+            for (c0, c1), allowed in pieces:
+                some[..., c0:c1] = allowed
+            mask, some = mask.expand(*shape, keys.count), some.expand(*shape, keys.count)
+            return _Group(rows, (_Part(keys, causal, mask, some),), empty, may_be_dead=True)
+        dims = [max(a, b) for a, b in zip(mask.shape[:3], _dims(pieces), strict=True)]
         mask = mask.expand(*dims, keys.count)
         mask = mask.clone() if pieces else mask
     for (c0, c1), allowed in pieces:
@@ -324,6 +331,11 @@ def _masked(
         keys, mask = _rounded(keys, mask, run.lo)
     part = _Part(keys, causal, mask.expand(*shape, keys.count))
     return _Group(rows, (part,), empty, may_be_dead=plan.bias is not None)
+
+
+def _dims(pieces: Sequence[tuple[tuple[int, int], Tensor]]) -> tuple[int, ...]:
+    """Batches, heads and rows of conditions, 1 where they are the same."""
+    return tuple(max((allowed.shape[dim] for _, allowed in pieces), default=1) for dim in range(3))
 
 
 def _rounded(keys: Keys, mask: Tensor, lowest: int) -> tuple[Keys, Tensor]:
@@ -393,10 +405,12 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
             continue
         q = inputs.q[b0:b1, h0:h1, m0:m1].to(all_k.dtype)
         results = []
-        for keys, causal, mask in parts:
+        for keys, causal, mask, allowed in parts:
             k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
             dead = math.nan if may_be_dead else None
-            results.append(flash_kernel.forward(q, k, v, plan.scale, causal=causal, mask=mask, dead=dead))
+            results.append(
+                flash_kernel.forward(q, k, v, plan.scale, causal=causal, mask=mask, allowed=allowed, dead=dead)
+            )
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
@@ -443,9 +457,11 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
         q, dout, out = (x.to(all_k.dtype) for x in (q, dout, out))
         dqs: list[Tensor] = []
-        for keys, causal, mask in parts:
+        for keys, causal, mask, allowed in parts:
             k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
-            dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, causal=causal, mask=mask)
+            dq, dk, dv = flash_kernel.backward(
+                dout, q, k, v, out, lse, plan.scale, causal=causal, mask=mask, allowed=allowed
+            )
             dqs.append(dq)
             if grads.dk is not None:
                 keys.add(grads.dk[b0:b1, kv0:kv1], dk)

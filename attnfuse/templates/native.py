@@ -27,7 +27,7 @@ _PACKED_BYTES: Final = 1 << 21
 _TASKS: Final = 4
 _ROWS_OF_TASK: Final = 48
 # `Call` of `common.h`
-_CALL: Final = struct.Struct("14P48q3d")
+_CALL: Final = struct.Struct("15P52q3d")
 
 
 class Keys(NamedTuple):
@@ -44,11 +44,11 @@ class Keys(NamedTuple):
     rows: Tensor | None = None
 
 
-class Bias(NamedTuple):
-    """A number for each batch, head, row and key, anywhere in the memory of a tensor.
+class Cells(NamedTuple):
+    """A bias or a mask: something for each batch, head, row and key, anywhere in the memory of a tensor.
 
     Args:
-        x: fp32, or of the operands' type.
+        x: a bias is fp32, or of the operands' type, a mask bool.
         strides: of the four axes, in elements; that of keys 0 or 1, others of any sign.
         offset: of the first element, beside the storage offset of x.
     """
@@ -58,7 +58,7 @@ class Bias(NamedTuple):
     offset: int = 0
 
     @classmethod
-    def of(cls, x: Tensor) -> Bias:
+    def of(cls, x: Tensor) -> Cells:
         """A tensor [B, H, M, N], sizes of 1 or strides of 0 for what is the same."""
         if x.shape[3] > 1 and x.stride(3) not in (0, 1):
             x = x.contiguous()
@@ -67,11 +67,12 @@ class Bias(NamedTuple):
 
 
 class Score(NamedTuple):
-    """`s*scale + bias`, or, with a cap that is not 0, `cap*tanh(s*scale / cap) + bias`."""
+    """`s*scale + bias`, or, with a cap that is not 0, `cap*tanh(s*scale / cap) + bias`; of keys that a mask does not allow -inf."""
 
     scale: float
     cap: float = 0.0
-    bias: Bias | None = None
+    bias: Cells | None = None
+    mask: Cells | None = None
 
 
 @cache
@@ -211,6 +212,14 @@ def _address(x: Tensor | None) -> int:
     return 0 if x is None else x.data_ptr()
 
 
+def _address_of(cells: Cells | None) -> int:
+    return 0 if cells is None else cells.x.data_ptr() + cells.offset * cells.x.element_size()
+
+
+def _strides_of(cells: Cells | None) -> tuple[int, int, int, int]:
+    return (0, 0, 0, 0) if cells is None else cells.strides
+
+
 def _strides(x: Tensor | None) -> tuple[int, ...]:
     return (0, 0, 0) if x is None else x.stride()[:3]
 
@@ -238,15 +247,16 @@ class _Call:
         Hkv, N = k.shape[1:3]
         self.group, self.kv_heads, self.threads = H // Hkv, B * Hkv, torch.get_num_threads()
         self._dtype = q.dtype
-        scale, cap, bias = score
-        added = 0 if bias is None else bias.x.data_ptr() + bias.offset * bias.x.element_size()
+        scale, cap, bias, mask = score
         ends = (0, 0) if keys.rows is None else (keys.rows[0].data_ptr(), keys.rows[1].data_ptr())
-        self._before = (q.data_ptr(), k.data_ptr(), v.data_ptr(), added, *ends, out.data_ptr(), lse.data_ptr())
+        self._before = (
+            *(q.data_ptr(), k.data_ptr(), v.data_ptr(), _address_of(bias), *ends),
+            *(_address_of(mask), out.data_ptr(), lse.data_ptr()),
+        )
         self._between = (
             *(_address(dout), _address(dlse), *map(_address, grads), B, H, Hkv, M, N, D, v.shape[3]),
             *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2]),
-            *((0, 0, 0, 0) if bias is None else bias.strides),
-            bias is not None and bias.x.dtype == torch.float32,
+            *(*_strides_of(bias), bias is not None and bias.x.dtype == torch.float32, *_strides_of(mask)),
             *(*_strides(dout), *_strides(dlse), *(step for x in grads for step in _strides(x)), adds, *keys[:4]),
         )
         self._after = (scale, cap, dead)

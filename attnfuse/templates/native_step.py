@@ -17,7 +17,7 @@ from torch import Tensor
 from attnfuse.score import Expr, Load
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates import diagonals, native
-from attnfuse.templates.affine import Capped, affine, capped, constant, where_allowed
+from attnfuse.templates.affine import Capped, affine, as_load, capped, constant, where_allowed
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.cover import Run, Segment
 from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
@@ -68,12 +68,13 @@ def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     if form.bias is None:
         return _Plan(scale, cap, None)
     evaluator = Evaluator(spec, [form.bias])
-    if isinstance(form.bias, Load) and spec.leaf(form.bias.leaf).kind == "float":
-        leaf = [leaf.name for leaf in spec.leaves].index(form.bias.leaf)
-        along = diagonals.along(form.bias)
+    load = as_load(spec, form.bias)
+    if load is not None:
+        leaf = [leaf.name for leaf in spec.leaves].index(load.leaf)
+        along = diagonals.along(load)
         offset = None if along is None else constant(along.offset, named)
-        if axes_of(form.bias) is not None or offset is not None:
-            return _Plan(scale, cap, form.bias, evaluator, form.bias, leaf, int(offset or 0))
+        if axes_of(load) is not None or offset is not None:
+            return _Plan(scale, cap, form.bias, evaluator, load, leaf, int(offset or 0))
     return _Plan(scale, cap, form.bias, evaluator)
 
 
@@ -182,7 +183,7 @@ def _keys(run: Run, segment: Segment, m0: int, m1: int) -> native.Keys:
     return native.Keys(segment.first + down * rows - run.lo, segment.last + right * rows - run.lo, down, right)
 
 
-def _biases(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[tuple[int, int, native.Bias | None]]:
+def _biases(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[tuple[int, int, native.Cells | None]]:
     """The rows of a segment in parts, with the bias of each for the keys of the run."""
     m0, m1 = segment.m0, segment.m1
     if plan.bias is None:
@@ -205,10 +206,10 @@ def _biases(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[tup
         last = min(first + height, m1)
         asked = (first, last) if "m" in axes else (first, first + 1)
         value = tensor_of(plan.evaluator(work.block(batches, heads, asked, keys))[0], torch.float32)
-        yield first, last, native.Bias.of(value)
+        yield first, last, native.Cells.of(value)
 
 
-def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.Bias | None:
+def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.Cells | None:
     """A bias that is a leaf as it is in memory."""
     if plan.load is None or work.reordered:
         return None
@@ -235,4 +236,4 @@ def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.
         offset += (n0 - m0 + plan.offset) * step
     if strides[3] not in (0, 1):
         return None
-    return native.Bias(x, (strides[0], strides[1], strides[2], strides[3]), offset)
+    return native.Cells(x, (strides[0], strides[1], strides[2], strides[3]), offset)

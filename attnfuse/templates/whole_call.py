@@ -9,10 +9,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from attnfuse.score import Load
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import flash_kernel, tile_lists
-from attnfuse.templates.affine import affine, is_sum, least_added, where_allowed
+from attnfuse.templates.affine import affine, as_load, is_sum, least_added, where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.cover import block_of, index_rows, mask_of
 from attnfuse.templates.evaluate import Evaluator, axes_of
@@ -83,12 +82,13 @@ def _direct(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Direct | None:
 def _given(spec: AttentionSpec) -> tuple[int, tuple[int, ...]] | None:
     """The leaf that is the bias of each row and key, and its axes."""
     form = affine(where_allowed(spec.program))
-    if form is None or not isinstance(form.bias, Load):
+    load = None if form is None else as_load(spec, form.bias)
+    if load is None:
         return None
-    axes = axes_of(form.bias)
+    axes = axes_of(load)
     if axes is None or not {2, 3} <= {*axes} or list(axes) != sorted(axes):
         return None
-    return [leaf.name for leaf in spec.leaves].index(form.bias.leaf), axes
+    return [leaf.name for leaf in spec.leaves].index(load.leaf), axes
 
 
 class _Whole(NamedTuple):

@@ -58,7 +58,7 @@ class Task {
  public:
   Task(const Call& c, const Room<PAIRS>& room, float* memory, float* dq, long b, long kv)
       : c_(c), room_(room), at_(memory), dq_(dq), b_(b), kv_(kv), group_(c.H / c.Hkv) {
-    general_ = c.bias != nullptr || c.cap != 0;
+    general_ = c.bias != nullptr || c.mask != nullptr || c.cap != 0;
     for (long g = 0; g < group_; ++g)
       for (long m = 0; m < c.M; ++m) {
         const T* dout = row(c.dout, head(g), m, c.dout_b, c.dout_h, c.dout_m);
@@ -188,7 +188,7 @@ class Task {
     const float cap = static_cast<float>(c_.cap);
     const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
     for (long i = c0; i < c1; i += LANES) {
-      const __mmask16 some = seen(i);
+      const __mmask16 some = allowed(c_, b_, h, m, n0_ + i, seen(i));
       const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
       __m512 x = _mm512_loadu_ps(p + i), factor = one;
       if (cap != 0) {

@@ -22,12 +22,14 @@
 #define HAS_PAIRS 0
 #endif
 
-// As native.py packs it.  Strides are in elements; those of last axes are 1, but that of the bias, which is 0 or 1.
+// As native.py packs it.  Strides are in elements; those of last axes are 1, but those of bias and mask, which are 0 or 1.
 struct Call {
   const void *q, *k, *v, *bias;
   // the keys that each row sees: from firsts[m] up to, without, lasts[m]; where they are null from first + down·m up to
   // last + right·m
   const int64_t *firsts, *lasts;
+  // of these keys the ones that are allowed, null where all are
+  const uint8_t* mask;
   void* out;
   float *lse, *scratch;
   // the backward's, null where they are not given or not wanted
@@ -37,6 +39,7 @@ struct Call {
   int64_t B, H, Hkv, M, N, D, Dv;
   int64_t q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, lse_b, lse_h;
   int64_t bias_b, bias_h, bias_m, bias_n, bias_is_float;
+  int64_t mask_b, mask_h, mask_m, mask_n;
   int64_t dout_b, dout_h, dout_m, dlse_b, dlse_h, dlse_m, dq_b, dq_h, dq_m, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n;
   int64_t adds;  // dk and dv are float, and added to
   int64_t first, last, down, right;
@@ -227,6 +230,15 @@ inline Range seen_by(const Call& c, long m) {
   const long first = c.firsts != nullptr ? c.firsts[m] : c.first + c.down * m;
   const long last = c.lasts != nullptr ? c.lasts[m] : c.last + c.right * m;
   return {std::clamp(first, 0L, c.N), std::clamp(last, 0L, c.N)};
+}
+
+// Those of some of 16 keys from n on that are allowed.
+inline __mmask16 allowed(const Call& c, long b, long h, long m, long n, __mmask16 some) {
+  if (c.mask == nullptr) return some;
+  const uint8_t* x = c.mask + b * c.mask_b + h * c.mask_h + m * c.mask_m + n * c.mask_n;
+  if (c.mask_n == 0) return *x ? some : 0;
+  const __m128i found = _mm_maskz_loadu_epi8(some, x);
+  return _mm_test_epi8_mask(found, found);
 }
 
 // What is added to the scores of some of 16 keys from n on.

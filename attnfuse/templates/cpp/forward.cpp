@@ -38,7 +38,7 @@ class Block {
     out_ = weights_ + BLOCK_M * LDW;
     // plain scores are multiples of what the product gives in the exponent of two; zero times what stands for a key that is not
     // seen would be no number
-    general_ = c.bias != nullptr || c.cap != 0 || c.scale == 0;
+    general_ = c.bias != nullptr || c.mask != nullptr || c.cap != 0 || c.scale == 0;
     unit_ = general_ ? LOG2E : static_cast<float>(c.scale * 1.4426950408889634);
     const T* q = static_cast<const T*>(c.q) + b * c.q_b + h * c.q_h + m0 * c.q_m;
     pack_left<PAIRS>(q, c.q_m, c.D, rows_, packed.steps, q_);
@@ -94,7 +94,7 @@ class Block {
       const float cap = static_cast<float>(c_.cap);
       const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
       for (long i = head; i < c1; i += LANES) {
-        const __mmask16 some = in(i);
+        const __mmask16 some = allowed(c_, b_, h_, m0_ + r, n0 + i, in(i));
         const __m512 add = bias<T>(c_, b_, h_, m0_ + r, n0 + i, some);
         __m512 x = _mm512_mul_ps(_mm512_loadu_ps(row + i), scale);
         x = cap != 0 ? _mm512_fmadd_ps(_mm512_set1_ps(cap), tanh(x), add) : _mm512_add_ps(x, add);
