@@ -121,6 +121,7 @@ class Task {
     for (long n = c0 / PANEL * PANEL; n < c1; n += PANEL)
       for (long r = 0; r < rows; r += GROUP) {
         const long some = std::min(GROUP, rows - r), vectors = up(std::min(PANEL, c1 - n), LANES) / LANES;
+        for (long i = r; i < r + some; ++i) fetch_bias<T>(c_, b_, h, m0 + i, n0_ + n, std::min(n0_ + n + PANEL, c_.N));
         product<PAIRS>(some, vectors, left + r * room_.steps, room_.steps, at_ + room_.keys + n * room_.steps, PANEL,
                        room_.steps, p + r * BLOCK_N + n, BLOCK_N, false);
         product<PAIRS>(some, vectors, left_v + r * room_.steps_v, room_.steps_v,

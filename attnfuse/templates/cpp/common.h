@@ -250,4 +250,13 @@ inline __m512 bias(const Call& c, long b, long h, long m, long n, __mmask16 some
   return c.bias_is_float ? of(static_cast<const float*>(c.bias) + at) : of(static_cast<const T*>(c.bias) + at);
 }
 
+// Asks for the biases of row m for the keys [first, last), which come from memory while products are made.
+template <class T>
+void fetch_bias(const Call& c, long b, long h, long m, long first, long last) {
+  if (c.bias == nullptr || c.bias_n == 0) return;
+  const long size = c.bias_is_float ? sizeof(float) : sizeof(T);
+  const char* row = static_cast<const char*>(c.bias) + (b * c.bias_b + h * c.bias_h + m * c.bias_m) * size;
+  for (long at = first * size; at < last * size; at += 64) _mm_prefetch(row + at, _MM_HINT_T0);
+}
+
 }  // namespace

@@ -57,6 +57,7 @@ class Block {
         const long r1 = std::min(r0 + GROUP, rows_);
         auto [n_first, n_last] = hull(r0, r1, n0, std::min(n0 + BLOCK_N, last));
         if (n_first >= n_last) continue;
+        for (long r = r0; r < r1; ++r) fetch_bias<T>(c_, b_, h_, m0_ + r, n_first, n_last);
         for (long n = n_first / PANEL * PANEL; n < n_last; n += PANEL)
           product<PAIRS>(r1 - r0, up(std::min(PANEL, n_last - n), LANES) / LANES, q_ + r0 * packed_.steps, packed_.steps,
                          keys + n * packed_.steps, PANEL, packed_.steps, scores_ + r0 * BLOCK_N + n - n0, BLOCK_N, false);
