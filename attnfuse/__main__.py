@@ -205,6 +205,10 @@ BACKEND_PROBE = """
 from torch._dynamo.backends.registry import lookup_backend
 print("backend loads", f"yes, {lookup_backend('attnfuse').__module__}", sep="\\t")
 """
+KERNEL_PROBE = """
+from attnfuse.templates import native
+print("CPU attention", native.about(), sep="\\t")
+"""
 TRITON_PROBE = """
 import triton
 print("triton imports", f"yes, {triton.__version__}", sep="\\t")
@@ -222,6 +226,7 @@ def print_environment(out: TextIO) -> None:
     _line(out, "entry point", _attempt(_entry_point))
     for title, probe in (
         ("torch imports", TORCH_PROBE),
+        ("CPU attention", KERNEL_PROBE),
         ("triton imports", TRITON_PROBE),
         ("backend loads", BACKEND_PROBE),
     ):

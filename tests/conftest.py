@@ -59,7 +59,7 @@ def _strict(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, sma
     from attnfuse.passes import decide
 
     # what becomes of an attention is the same on every machine
-    monkeypatch.setattr(sys.modules[decide.__module__], "serves", lambda dtype: False)
+    monkeypatch.setattr(sys.modules[decide.__module__], "serves", lambda *_: False)
 
     parse = Options.parse
 
@@ -76,7 +76,7 @@ def library(monkeypatch: pytest.MonkeyPatch) -> None:
     from attnfuse.templates import native
 
     for name in ("serves", "differentiates"):
-        monkeypatch.setattr(native, name, lambda dtype: False)
+        monkeypatch.setattr(native, name, lambda *_: False)
 
 
 @pytest.fixture(params=["ours", "library"])

@@ -10,13 +10,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from attnfuse.ops import ABI
+from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
 from attnfuse.templates import flash_step, native, plain_step
 from attnfuse.templates.native import Cells, Keys, Score
 from tests.families import Call, floats, hold_to_oracle, made
+from tests.numerics import assert_close
 
-OP = torch.ops.attnfuse.attention.default
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 served = pytest.mark.skipif(
     native.about().startswith("PyTorch's"), reason=f"attnfuse's kernels are not for this machine: {native.about()}"
@@ -55,15 +55,20 @@ LEAVES: dict[str, Any] = {
 }
 
 
+@pytest.fixture(autouse=True)
+def _any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_FEWEST_ROWS", 1)
+
+
 @pytest.fixture
 def calls(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """How often each kernel is called."""
     seen: Counter[str] = Counter()
     run = native._Call.run
 
-    def counted(self: Any, name: str, heads: int) -> None:
+    def counted(self: Any, name: str) -> None:
         seen[name] += 1
-        run(self, name, heads)
+        run(self, name)
 
     monkeypatch.setattr(native._Call, "run", counted)
     return seen
@@ -154,55 +159,138 @@ def test_rows_of_the_least_number(least: float) -> None:
     assert lse.eq(least).all()
 
 
+@pytest.fixture
+def scores(monkeypatch: pytest.MonkeyPatch) -> list[Score]:
+    """The scores of the calls."""
+    seen: list[Score] = []
+    init = native._Call.__init__
+
+    def watched(self: Any, *args: Any, **named: Any) -> None:
+        seen.append(args[5])
+        init(self, *args, **named)
+
+    monkeypatch.setattr(native._Call, "__init__", watched)
+    return seen
+
+
 @served
-def test_a_bias_is_read_where_it_is(calls: Counter[str]) -> None:
-    """Transposed, sliced, of the operands' type, along a diagonal: no copy of an M x N tensor is made."""
-    shape = Shape(1, 2, 2, 512, 512, 16, 16)
-    for text, x in (
+@pytest.mark.parametrize(
+    ("text", "x"),
+    [
         ("bias: bf16[:, :, :]; s + bias[m, h, n]", floats(512, 2, 600).bfloat16()[:, :, 40:]),
+        ("bias: f32[:, :, :]; s + bias[m, h, n]", floats(512, 2, 512)),
         ("bias: bf16[:, :]; s + bias[h, n - m + 511]", floats(2, 1023).bfloat16()),
-    ):
-        call = made(text, shape, (x,), torch.bfloat16)
-        calls.clear()
-        largest = 0
+    ],
+)
+def test_a_bias_is_read_where_it_is(text: str, x: Tensor, scores: list[Score]) -> None:
+    """Transposed, sliced, of the operands' type or float32, along a diagonal: no copy is made."""
+    call = made(text, Shape(1, 2, 2, 512, 512, 16, 16), (x,), torch.bfloat16)
+    torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+    assert len(scores) == 2
+    for score in scores:
+        assert score.bias is not None
+        assert score.bias.x.untyped_storage().data_ptr() == x.untyped_storage().data_ptr()
+    hold_to_oracle(call)
 
-        class Largest(torch.utils._python_dispatch.TorchDispatchMode):
-            def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-                nonlocal largest
-                out = func(*args, **(kwargs or {}))
-                for x in torch.utils._pytree.tree_leaves(out):
-                    if isinstance(x, Tensor):
-                        largest = max(largest, x.untyped_storage().nbytes())
-                return out
 
-        with Largest():
-            OP(call.q, call.k, call.v, [x], [], [], None, text, [0, 2, 1, 3], ABI)
-        assert calls == {"forward": 1}
-        assert largest < 512 * 512 * 2, largest
-        hold_to_oracle(call)
+@served
+def test_a_bias_of_another_type_is_converted_in_parts(scores: list[Score]) -> None:
+    """Of batches whose keys differ each has its own."""
+    shape = Shape(4, 2, 2, 200, 200, 16, 16)
+    pad = torch.arange(200) >= torch.tensor([[1], [40], [70], [99]])
+    leaves = (floats(4, 200, 200).half(), pad)
+    text = "bias: f16[:, :, :]; pad: bool[:, :]; s + bias[b, m, n] where n <= m & pad[b, n] else =min"
+    call = made(text, shape, leaves)
+    call.run()
+    numbers = [score.bias.x.numel() for score in scores if score.bias is not None]
+    assert 0 < sum(numbers) <= 4 * 200 * 200
+    hold_to_oracle(call)
 
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-def test_conditions_beside_a_bias(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_conditions_beside_a_bias(dtype: torch.dtype, scores: list[Score]) -> None:
     """The kernel takes them as they are, and the bias is not copied for them."""
-    seen: list[tuple[bool, bool]] = []
-    init = native._Call.__init__
-
-    def watched(self: Any, *args: Any, **named: Any) -> None:
-        score = args[5]
-        seen.append((score.bias is not None, score.mask is not None))
-        init(self, *args, **named)
-
-    monkeypatch.setattr(native._Call, "__init__", watched)
     shape = Shape(2, 4, 2, 150, 170, 16, 16)
     leaves = (floats(4, 150, 170), torch.rand(2, 170, generator=torch.Generator().manual_seed(0)) < 0.7)
     text = "bias: f32[:, :, :]; some: bool[:, :]; s*0.125 + bias[h, m, n] where some[b, n] & some[b, m] else =min"
     call = made(text, shape, leaves, dtype)
     torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
-    assert len(seen) >= 2
-    assert set(seen) == {(True, True)}
+    assert len(scores) >= 2
+    assert all(score.bias is not None and score.mask is not None for score in scores)
     hold_to_oracle(call)
+
+
+@served
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("scale", [0.25, -0.25])
+@pytest.mark.parametrize("factor", [10.0, 100.0, 1e4, 1e6])
+def test_large_scores(factor: float, scale: float, dtype: torch.dtype) -> None:
+    """The rounding of a score is the same wherever it is compared; weights are those of the greatest."""
+    call = made(f"s*({scale}) where n <= m else =min", Shape(1, 2, 1, 70, 70, 16, 16), (), dtype)
+    call = call._replace(q=(call.q * factor).detach(), k=(call.k * factor).detach())
+    out, lse = call.run()
+    exact, exact_lse = reference(call.spec, call.q, call.k, call.v, ())
+    original, original_lse = reference(call.spec, call.q, call.k, call.v, (), dtype=torch.float32)
+    assert_close(out, original.to(dtype), exact)
+    assert_close(lse, original_lse, exact_lse)
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize(
+    ("text", "unseen"),
+    [
+        ("pos: i64[:]; s*0.25 where n <= pos[m] else -inf", [101, 200, 255]),
+        ("s*0.25 where n <= m + 3 & n > m - 9 else -inf", [103, 104, 105]),
+        ("s*0.25 where n < 35 else -inf", [35, 36, 47]),
+        ("s*0.25 where n >= 37 else -inf", [0, 35, 36]),
+    ],
+)
+def test_keys_that_no_row_sees_may_hold_anything(text: str, unseen: list[int], dtype: torch.dtype) -> None:
+    """As those of a cache that is filled in part."""
+    rows = 96 if "pos" not in text and "m + 3" in text else 3
+    leaves = (torch.tensor([40, 100, 99]),) if "pos" in text else ()
+    call = made(text, Shape(1, 2, 2, rows, 256, 16, 16), leaves, dtype)
+    k, v = call.k.detach().clone(), call.v.detach().clone()
+    k[:, :, unseen] = v[:, :, unseen] = torch.nan
+    dirty = call._replace(k=k.requires_grad_(), v=v.requires_grad_())
+    out, lse = dirty.run()
+    expected, expected_lse = call.run()
+    assert torch.equal(out, expected)
+    assert torch.equal(lse, expected_lse)
+    (found,), (clean,) = (torch.autograd.grad(x.sum(), c.q) for x, c in ((out, dirty), (expected, call)))
+    assert torch.equal(found, clean)
+
+
+@served
+def test_infinite_scores() -> None:
+    """A row with a score of +inf has that as its log-sum-exp, and is NaN."""
+    q, k, v = (torch.randn(1, 1, 70, 16, generator=torch.Generator().manual_seed(0)) for _ in range(3))
+    out, lse = torch.empty_like(q), torch.empty(1, 1, 70)
+    bias = torch.zeros(1, 1, 70, 70)
+    bias[..., 3, 9] = torch.inf
+    native.forward(q, k, v, out, lse, Score(0.25, bias=Cells.of(bias)), Keys(0, 70))
+    assert lse[0, 0, 3] == torch.inf
+    assert out[0, 0, 3].isnan().all()
+    assert out[0, 0, 4:].isfinite().all()
+
+
+@served
+@pytest.mark.parametrize("stride", [1 << 20, (1 << 27) + 64])
+def test_keys_far_apart(stride: int) -> None:
+    """As in a cache whose first axis is the sequence."""
+    # pages that nothing touches take no memory
+    storage = torch.empty(18 * stride, dtype=torch.bfloat16)
+    k = storage.as_strided((1, 1, 18, 16), (0, 0, stride, 1))
+    k.copy_(torch.randn(1, 1, 18, 16, generator=torch.Generator().manual_seed(0)))
+    q = torch.randn(1, 1, 64, 16, generator=torch.Generator().manual_seed(1)).bfloat16()
+    results = []
+    for keys in (k, k.contiguous()):
+        out, lse = torch.empty_like(q), torch.empty(1, 1, 64)
+        native.forward(q, keys, keys, out, lse, Score(0.25), Keys(0, 18))
+        results.append((out, lse))
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
 
 
 @served
@@ -215,6 +303,19 @@ def test_rows_of_many_documents_are_one_call(calls: Counter[str]) -> None:
     hold_to_oracle(call)
 
 
+@served
+@pytest.mark.parametrize(("dtype", "H", "M", "ours"), [("f32", 2, 63, 0), ("f32", 4, 32, 1), ("bf16", 2, 1, 1)])
+def test_few_rows_are_left_to_pytorchs_kernel(
+    dtype: str, H: int, M: int, ours: int, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """In float32, where fewer than 64 read the keys of a KV head."""
+    monkeypatch.setattr(native, "_FEWEST_ROWS", 64)
+    call = made("s*0.125", Shape(1, H, 2, M, 300, 16, 16), (), torch.float32 if dtype == "f32" else torch.bfloat16)
+    call.run()
+    assert calls["forward"] == ours
+    hold_to_oracle(call)
+
+
 def test_without_a_compiler_pytorchs_kernels_serve(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -223,14 +324,14 @@ def test_without_a_compiler_pytorchs_kernels_serve(
     def fail(*args: Any, **kwargs: Any) -> Any:
         raise RuntimeError("a compiler's output\nx.cpp:1: error: no AVX-512")
 
-    cached = native._library, native.serves, native.differentiates
+    cached = native._library, native._is_built, native.differentiates
     monkeypatch.setattr(CppCodeCache, "load", fail)
     monkeypatch.setattr(native, "is_faster_in", lambda dtype: True)
     for function in cached:
         function.cache_clear()
     try:
         with caplog.at_level(logging.WARNING, "attnfuse"):
-            assert not native.serves(torch.float32)
+            assert not native.serves(torch.float32, 100)
             assert not native.differentiates(torch.float32)
         assert "could not be built" in caplog.text
         assert "error: no AVX-512" in caplog.text
@@ -254,7 +355,7 @@ def test_without_a_compiler_pytorchs_kernels_serve(
 def test_processors(
     vendor: str, features: set[str], expected: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_vendor", lambda: vendor)
+    monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor})
     monkeypatch.setattr(native, "has", lambda feature: feature in features)
     native.is_faster_in.cache_clear()
     try:

@@ -26,6 +26,7 @@ from attnfuse.templates.inline import Inline
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
 from attnfuse.templates.native import serves
+from attnfuse.templates.native_step import takes
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
@@ -107,7 +108,10 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
-        native=q.device.type == "cpu" and serves(site.dtype),
+        native=q.device.type == "cpu"
+        and site.dtype == fake(site.out).dtype
+        and takes(what.spec)
+        and serves(site.dtype, what.shape.M * what.shape.H // max(1, what.shape.Hkv)),
         rounded=site.rounded,
     )
 

@@ -7,7 +7,7 @@ kernel, where it is built and rows see whole intervals of keys; `flash_step`, bl
 `degenerate`'s.
 
 Scores, softmax and accumulators are fp32 (fp64 for fp64 inputs).  Memory beyond operands and results: a few blocks of rows
-times keys, and the accumulators of the gradients of k and v.
+times keys, packed keys and values of some heads, and the accumulators of gradients.
 """
 
 from __future__ import annotations

@@ -44,7 +44,7 @@ def is_slow_in(dtype: torch.dtype, *, backward: bool) -> bool:
     """
     if dtype != torch.float16 or native.has("amx_fp16"):
         return False
-    return not (native.differentiates(dtype) if backward else native.serves(dtype))
+    return not (native.differentiates(dtype) if backward else native.serves(dtype, 1))
 
 
 def unit_stride(x: Tensor) -> Tensor:
@@ -90,8 +90,8 @@ def forward(
         dead: where there may be rows whose every score is -inf, what they are; their lse is -inf then.
     """
     q, k, v = map(unit_stride, (q, k, v))
-    if native.serves(q.dtype):
-        B, H, M, D = q.shape
+    B, H, M, D = q.shape
+    if native.serves(q.dtype, M * H // k.shape[1]):
         out = torch.empty_permuted((B, H, M, D), (0, 2, 1, 3), dtype=q.dtype)
         lse = torch.empty((B, H, M), dtype=torch.float32)
         score, keys = _score(scale, mask, allowed), _seen(k, causal=causal)

@@ -310,7 +310,7 @@ def _masked(
         m = rows if plan.bias_by_row else (rows[0], rows[0] + 1)
         value = plan.bias(work.block(batches, heads, m, keys.hull, keys.indices))[0]
         mask = tensor_of(value, work.dtype)
-        if pieces and native.serves(work.inputs.q.dtype):
+        if pieces and native.serves(work.inputs.q.dtype, rows[1] - rows[0]):
             # our kernel takes conditions beside a bias, which stays where it is
             some = torch.ones((*_dims(pieces), keys.count), dtype=torch.bool)
             for (c0, c1), allowed in pieces:

@@ -21,11 +21,9 @@ log = logging.getLogger(__name__)
 
 _SOURCES: Final = Path(__file__).parent / "cpp"
 _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
-# Packed keys and values of KV heads whose rows run at a time: in the caches, and little beside what a model holds.
-_PACKED_BYTES: Final = 1 << 21
-# Tasks for each thread, at least, as far as there are heads; rows of a task of `forward.cpp`.
-_TASKS: Final = 4
-_ROWS_OF_TASK: Final = 48
+# To pack keys and values costs more in float32 than fewer rows gain: with 2,048 of 4 x 16 heads 1 row takes 2.1 times, 32 rows 1.05
+# times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core).
+_FEWEST_ROWS: Final = 64
 # `Call` of `common.h`
 _CALL: Final = struct.Struct("15P52q3d")
 
@@ -81,12 +79,14 @@ def _library(name: str) -> Any:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        library = CppCodeCache.load("".join((_SOURCES / file).read_text() for file in ("common.h", f"{name}.cpp")))
+        source = "".join((_SOURCES / file).read_text() for file in ("common.h", f"{name}.cpp"))
+        # what is built for one processor may stop another one that finds it in the same cache
+        source += f"// {_processor().get('flags', '')}\n"
+        library = CppCodeCache.load(source, extra_flags=("-ffp-contract=off",))
         for dtype in _TYPES.values():
-            function = getattr(library, f"{name}_{dtype}")
-            function.argtypes, function.restype = (ctypes.c_char_p,), None
-        floats = getattr(library, f"{name}_floats")
-        floats.argtypes, floats.restype = (ctypes.c_char_p, ctypes.c_int64, ctypes.c_int64), ctypes.c_int64
+            run, floats = getattr(library, f"{name}_{dtype}"), getattr(library, f"{name}_floats_{dtype}")
+            run.argtypes, run.restype = (ctypes.c_char_p,), None
+            floats.argtypes, floats.restype = (ctypes.c_char_p,), ctypes.c_int64
         return library
     except Exception as error:
         # whatever a compiler, and Inductor about it, may raise: the library's kernel serves instead
@@ -104,13 +104,17 @@ def has(feature: str) -> bool:
 
 
 @cache
-def _vendor() -> str:
-    """The processor's vendor as Linux names it, or nothing."""
+def _processor() -> dict[str, str]:
+    """What Linux says of the first processor, nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
     except OSError:
-        return ""
-    return next((line.partition(":")[2].strip() for line in lines if line.startswith("vendor_id")), "")
+        return {}
+    facts: dict[str, str] = {}
+    for line in lines:
+        name, _, value = line.partition(":")
+        facts.setdefault(name.strip(), value.strip())
+    return facts
 
 
 @cache
@@ -123,22 +127,26 @@ def is_faster_in(dtype: torch.dtype) -> bool:
     if not has("avx512"):
         return False
     if dtype == torch.float32:
-        return _vendor() == "AuthenticAMD"
+        return _processor().get("vendor_id") == "AuthenticAMD"
     if dtype == torch.bfloat16:
         return not has("amx_tile")
     return dtype == torch.float16 and not has("amx_fp16")
 
 
+def serves(dtype: torch.dtype, rows: int) -> bool:
+    """Whether operands of that type go to the forward kernel, where so many rows read the keys of a KV head."""
+    return (rows >= _FEWEST_ROWS or dtype != torch.float32) and _is_built(dtype)
+
+
 @cache
-def serves(dtype: torch.dtype) -> bool:
-    """Whether operands of that type go to this kernel."""
+def _is_built(dtype: torch.dtype) -> bool:
     return is_faster_in(dtype) and not isinstance(_library("forward"), str)
 
 
 @cache
 def differentiates(dtype: torch.dtype) -> bool:
     """Whether gradients of operands of that type come from these kernels."""
-    return serves(dtype) and not isinstance(_library("backward"), str)
+    return _is_built(dtype) and not isinstance(_library("backward"), str)
 
 
 def about() -> str:
@@ -147,7 +155,11 @@ def about() -> str:
     if not wanted:
         return "PyTorch's"
     found = _library("forward")
-    return f"PyTorch's, ours could not be built ({found})" if isinstance(found, str) else f"ours in {', '.join(wanted)}"
+    return (
+        f"PyTorch's, attnfuse's could not be built ({found})"
+        if isinstance(found, str)
+        else f"attnfuse's in {', '.join(wanted)}"
+    )
 
 
 def forward(
@@ -171,10 +183,7 @@ def forward(
         dead: what a row is that sees keys, but no score above -inf.
     """
     call = _Call(q, k, v, out, lse, score, keys, dead=dead)
-    rows = call.group * -(-q.shape[2] // _ROWS_OF_TASK)
-    of_head = k.shape[2] * (q.shape[3] + v.shape[3]) * q.element_size()
-    heads = max(1, _PACKED_BYTES // max(of_head, 1), -(-_TASKS * call.threads // max(rows, 1)))
-    call.run("forward", min(heads, call.kv_heads))
+    call.run("forward")
 
 
 def backward(
@@ -205,7 +214,7 @@ def backward(
         adds: dk and dv are fp32, and added to.
     """
     call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=(dq, dk, dv), adds=adds)
-    call.run("backward", 0)
+    call.run("backward")
 
 
 def _address(x: Tensor | None) -> int:
@@ -245,8 +254,7 @@ class _Call:
     ) -> None:
         B, H, M, D = q.shape
         Hkv, N = k.shape[1:3]
-        self.group, self.kv_heads, self.threads = H // Hkv, B * Hkv, torch.get_num_threads()
-        self._dtype = q.dtype
+        self._type, self._threads = _TYPES[q.dtype], torch.get_num_threads()
         scale, cap, bias, mask = score
         ends = (0, 0) if keys.rows is None else (keys.rows[0].data_ptr(), keys.rows[1].data_ptr())
         self._before = (
@@ -261,13 +269,12 @@ class _Call:
         )
         self._after = (scale, cap, dead)
 
-    def run(self, name: str, heads: int) -> None:
-        """Calls a kernel; `heads` are the KV heads whose operands it packs at a time."""
+    def run(self, name: str) -> None:
+        """Calls a kernel."""
         library = _library(name)
-        pairs = self._dtype == torch.bfloat16
-        floats = getattr(library, f"{name}_floats")(self._packed(0, 0), pairs, heads)
+        floats = getattr(library, f"{name}_floats_{self._type}")(self._packed(0, 0))
         scratch = torch.empty(floats, dtype=torch.float32)
-        getattr(library, f"{name}_{_TYPES[self._dtype]}")(self._packed(scratch.data_ptr(), floats))
+        getattr(library, f"{name}_{self._type}")(self._packed(scratch.data_ptr(), floats))
 
     def _packed(self, scratch: int, floats: int) -> bytes:
-        return _CALL.pack(*self._before, scratch, *self._between, floats, self.threads, *self._after)
+        return _CALL.pack(*self._before, scratch, *self._between, floats, self._threads, *self._after)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.score import Expr, Load
-from attnfuse.spec import Shape, parse_spec
+from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import diagonals, native
 from attnfuse.templates.affine import Capped, affine, as_load, capped, constant, where_allowed
 from attnfuse.templates.base import Inputs
@@ -78,8 +78,15 @@ def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     return _Plan(scale, cap, form.bias, evaluator)
 
 
+def takes(spec: AttentionSpec) -> bool:
+    """Whether the kernels compute the score of a spec, where each row sees whole intervals of keys."""
+    body = where_allowed(spec.program)
+    return not spec.dropout and (affine(body) or capped(body)) is not None
+
+
 def _plan_for(inputs: Inputs) -> _Plan | None:
-    if inputs.q.dtype != inputs.v.dtype or not native.serves(inputs.q.dtype):
+    shape = inputs.shape
+    if inputs.q.dtype != inputs.v.dtype or not native.serves(inputs.q.dtype, shape.M * shape.H // shape.Hkv):
         return None
     return _plan(inputs.text, inputs.shape, inputs.sizes)
 
@@ -94,7 +101,7 @@ def serves(work: Work, run: Run, segment: Segment) -> bool:
 def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     """Whether the kernel gives the wanted gradients of a segment.
 
-    Not those of a bias, nor from that of lse beside a sink, which is none of its keys, nor where lse has too few digits.
+    Not those of a bias, nor from that of lse beside a sink, which is none of its keys, nor where a bias leaves lse too few digits.
     """
     work = grads.work
     if (
@@ -214,26 +221,28 @@ def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.
     if plan.load is None or work.reordered:
         return None
     x = work.inputs.leaves[plan.leaf]
-    if x.dtype != work.inputs.q.dtype:
-        x = x.to(torch.float32)
     ranges = (run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1), (run.lo, run.hi)
     strides = [0, 0, 0, 0]
     offset = 0
     along = diagonals.along(plan.load)
     lead = axes_of(plan.load) if along is None else along.lead
     assert lead is not None
-    for axis, size, stride in zip(lead, x.shape, x.stride(), strict=False):
-        if ranges[axis][1] > size:
+    for place, axis in enumerate(lead):
+        first, last = ranges[axis]
+        if last > x.shape[place]:
             return None
-        strides[axis] = stride
-        offset += ranges[axis][0] * stride
+        x = x.narrow(place, first, last - first)
+    if x.dtype not in (torch.float32, work.inputs.q.dtype):
+        x = x.to(torch.float32)
+    for place, axis in enumerate(lead):
+        strides[axis] = x.stride(place)
     if along is not None:
         length, step = x.shape[-1], x.stride(-1)
         (m0, m1), (n0, n1) = ranges[2:]
         if n0 - (m1 - 1) + plan.offset < 0 or n1 - 1 - m0 + plan.offset >= length:
             return None
         strides[2:] = -step, step
-        offset += (n0 - m0 + plan.offset) * step
+        offset = (n0 - m0 + plan.offset) * step
     if strides[3] not in (0, 1):
         return None
     return native.Cells(x, (strides[0], strides[1], strides[2], strides[3]), offset)

@@ -50,7 +50,7 @@ struct Room {
 // How many tasks share the keys of a head, so that all threads have some.
 long parts_of(const Call& c) {
   const long heads = c.B * c.Hkv, blocks = up(c.N, BLOCK_N) / BLOCK_N;
-  return heads >= c.threads ? 1 : std::min({blocks, (2 * c.threads + heads - 1) / heads, 8L});
+  return heads >= c.threads ? 1 : std::min({blocks, (c.threads + heads - 1) / heads, 8L});
 }
 
 template <bool PAIRS, class T>
@@ -95,7 +95,7 @@ class Task {
           last_[r] = std::clamp(seen.last - n0, 0L, keys_);
           if (first_[r] < last_[r]) first = std::min(first, first_[r]), last = std::max(last, last_[r]);
         }
-        if (first < last) block(g, m0, rows, first / LANES * LANES, up(last, LANES));
+        if (first < last) block(g, m0, rows, first, last);
       }
     give(c_.dk, c_.dk_b, c_.dk_h, c_.dk_n, at_ + room_.dk, room_.width, c_.D, static_cast<float>(c_.scale));
     give(c_.dv, c_.dv_b, c_.dv_h, c_.dv_n, at_ + room_.dv, room_.width_v, c_.Dv, 1.0f);
@@ -108,8 +108,9 @@ class Task {
     return static_cast<const T*>(x) + b_ * of_b + h * of_h + m * of_m;
   }
 
-  // What rows [m0, m0 + rows) of a head give, for the columns [c0, c1) of the block of keys.
-  void block(long g, long m0, long rows, long c0, long c1) {
+  // What rows [m0, m0 + rows) of a head give, for the columns [first, last) of the block of keys.
+  void block(long g, long m0, long rows, long first, long last) {
+    const long c0 = first / LANES * LANES, c1 = up(last, LANES);
     const long h = head(g), even = PAIRS ? up(rows, 2) : rows, row_steps = Room<PAIRS>::halved(rows);
     const T* q = row(c_.q, h, m0, c_.q_b, c_.q_h, c_.q_m);
     const T* dout = row(c_.dout, h, m0, c_.dout_b, c_.dout_h, c_.dout_m);
@@ -147,12 +148,10 @@ class Task {
                              room_.width, row_steps, at_ + room_.dk + n * room_.width + d, room_.width, true);
     }
     float* dq = dq_ + (g * c_.M + m0) * room_.width;
-    const long skip = PAIRS ? c0 / 2 : c0;
     for (long r = 0; r < rows; r += GROUP)
       for (long d = 0; d < room_.width; d += PANEL)
-        product<PAIRS>(std::min(GROUP, rows - r), std::min(PANEL, room_.width - d) / LANES, ds_left + r * of_row + skip, of_row,
-                       at_ + room_.key_rows + skip * room_.width + d, room_.width, Room<PAIRS>::halved(c1 - c0),
-                       dq + r * room_.width + d, room_.width, true);
+        product_of<PAIRS>(std::min(GROUP, rows - r), std::min(PANEL, room_.width - d) / LANES, ds_left + r * of_row, of_row,
+                          at_ + room_.key_rows + d, room_.width, first, last, dq + r * room_.width + d, room_.width);
   }
 
   // P and dS of a row in place of its products, zero for keys that it does not see.
@@ -173,31 +172,26 @@ class Task {
       return static_cast<__mmask16>(lanes(last_[r] - i) & (0xffff << skip));
     };
     const __m512 one = _mm512_set1_ps(1.0f);
-    if (!general_) {
-      const __m512 unit = _mm512_set1_ps(static_cast<float>(c_.scale * 1.4426950408889634)), base = _mm512_set1_ps(lse * LOG2E);
-      for (long i = c0; i < c1; i += LANES) {
-        const __mmask16 some = seen(i);
-        if (some == 0) {
-          _mm512_storeu_ps(p + i, zero);
-          _mm512_storeu_ps(ds + i, zero);
-        } else {
-          sloped(i, some, _mm512_fmsub_ps(unit, _mm512_loadu_ps(p + i), base), one);
-        }
-      }
-      return;
-    }
     const float cap = static_cast<float>(c_.cap);
     const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
     for (long i = c0; i < c1; i += LANES) {
       const __mmask16 some = allowed(c_, b_, h, m, n0_ + i, seen(i));
-      const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
-      __m512 x = _mm512_loadu_ps(p + i), factor = one;
-      if (cap != 0) {
-        const __m512 bent = tanh(_mm512_mul_ps(x, scale));
-        factor = _mm512_fnmadd_ps(bent, bent, one);
-        x = _mm512_fmadd_ps(_mm512_set1_ps(cap), bent, add);
-      } else {
-        x = _mm512_fmadd_ps(x, scale, add);
+      if (some == 0) {
+        _mm512_storeu_ps(p + i, zero);
+        _mm512_storeu_ps(ds + i, zero);
+        continue;
+      }
+      // as in forward.cpp, so that what was rounded there is rounded here
+      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(p + i), scale), factor = one;
+      if (general_) {
+        const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
+        if (cap != 0) {
+          const __m512 bent = tanh(x);
+          factor = _mm512_fnmadd_ps(bent, bent, one);
+          x = _mm512_fmadd_ps(_mm512_set1_ps(cap), bent, add);
+        } else {
+          x = _mm512_add_ps(x, add);
+        }
       }
       sloped(i, some, _mm512_mul_ps(_mm512_set1_ps(LOG2E), _mm512_sub_ps(x, _mm512_set1_ps(lse))), factor);
     }
@@ -299,11 +293,10 @@ int64_t floats(const Call& c) {
 
 }  // namespace
 
-// What a call needs in `scratch`, in floats.
-extern "C" int64_t backward_floats(const Call* c, int64_t pairs, int64_t) {
-  return HAS_PAIRS && pairs ? floats<true>(*c) : floats<false>(*c);
-}
-
+// What a call needs in `scratch`, in floats, and the call itself.
+extern "C" int64_t backward_floats_f32(const Call* c) { return floats<false>(*c); }
+extern "C" int64_t backward_floats_f16(const Call* c) { return floats<false>(*c); }
+extern "C" int64_t backward_floats_bf16(const Call* c) { return floats<HAS_PAIRS != 0>(*c); }
 extern "C" void backward_f32(const Call* c) { run<false, float>(*c); }
 extern "C" void backward_f16(const Call* c) { run<false, f16>(*c); }
 extern "C" void backward_bf16(const Call* c) { run<HAS_PAIRS != 0, bf16>(*c); }

@@ -53,6 +53,7 @@ namespace {
 constexpr long LANES = 16;
 constexpr long PANEL = 64;  // columns of a panel: four vectors
 constexpr long GROUP = 6;   // rows of a product that are held in registers
+constexpr long STEPS = 128;  // terms, or pairs of them, of a sum that is made in one
 constexpr float INF = std::numeric_limits<float>::infinity();
 constexpr float LOG2E = 1.44269504f;
 
@@ -133,7 +134,7 @@ template <bool PAIRS, bool ACROSS, int R, int C>
 void tile(const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc, bool add) {
   __m512 sums[R][C];
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sums[r][j] = add ? _mm512_loadu_ps(c + r * ldc + j * LANES) : _mm512_setzero_ps();
+    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_ps();
   for (long i = 0; i < steps; ++i) {
     __m512 row[C];
     for (int j = 0; j < C; ++j) row[j] = _mm512_loadu_ps(b + i * ldb + j * LANES);
@@ -143,7 +144,10 @@ void tile(const float* a, long lda, const float* b, long ldb, long steps, float*
     }
   }
   for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) _mm512_storeu_ps(c + r * ldc + j * LANES, sums[r][j]);
+    for (int j = 0; j < C; ++j) {
+      float* at = c + r * ldc + j * LANES;
+      _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sums[r][j]) : sums[r][j]);
+    }
 }
 
 using Tile = void (*)(const float*, long, const float*, long, long, float*, long, bool);
@@ -158,36 +162,77 @@ constexpr const Tile* TILES[] = {TILES_OF<P, A, 1>, TILES_OF<P, A, 2>, TILES_OF<
 template <bool PAIRS, bool ACROSS = false>
 void product(long rows, long vectors, const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc,
              bool add) {
-  TILES<PAIRS, ACROSS>[rows - 1][vectors - 1](a, lda, b, ldb, steps, c, ldc, add);
+  const Tile run = TILES<PAIRS, ACROSS>[rows - 1][vectors - 1];
+  // short sums of short sums keep more digits than a long one
+  for (long i = 0; i < steps; i += STEPS)
+    run(a + (ACROSS ? i * lda : i), lda, b + i * ldb, ldb, std::min(STEPS, steps - i), c, ldc, add || i > 0);
+}
+
+// c + a·b for the terms [first, last) of sums alone: a [rows, terms], b [terms, 16·vectors], in PAIRS two terms side by side.
+template <bool PAIRS>
+void product_of(long rows, long vectors, const float* a, long lda, const float* b, long ldb, long first, long last, float* c,
+                long ldc) {
+  if constexpr (PAIRS) {
+    // weights of terms beside them are 0, but what these are multiplied with may be no number
+    auto half = [&](long pair, uint32_t kept) {
+      float row[PANEL];
+      for (long j = 0; j < vectors * LANES; j += LANES) {
+        const __m512i both = _mm512_loadu_si512(b + pair * ldb + j);
+        _mm512_storeu_si512(row + j, _mm512_and_si512(both, _mm512_set1_epi32(static_cast<int>(kept))));
+      }
+      product<PAIRS>(rows, vectors, a + pair, lda, row, PANEL, 1, c, ldc, true);
+    };
+    if (first % 2) half(first++ / 2, 0xffff0000u);
+    if (last % 2 && first < last) half(--last / 2, 0xffffu);
+    first /= 2, last /= 2;
+  }
+  if (first < last) product<PAIRS>(rows, vectors, a + first, lda, b + first * ldb, ldb, last - first, c, ldc, true);
+}
+
+// 16 x 16 numbers with rows and columns exchanged.
+inline void transpose(__m512i* x) {
+  __m512i y[LANES];
+  for (int i = 0; i < 16; i += 2) {
+    y[i] = _mm512_unpacklo_epi32(x[i], x[i + 1]);
+    y[i + 1] = _mm512_unpackhi_epi32(x[i], x[i + 1]);
+  }
+  // column 4·lane + i of rows r to r + 3 in the lanes of x[r + i]
+  for (int r = 0; r < 16; r += 4) {
+    x[r] = _mm512_unpacklo_epi64(y[r], y[r + 2]);
+    x[r + 1] = _mm512_unpackhi_epi64(y[r], y[r + 2]);
+    x[r + 2] = _mm512_unpacklo_epi64(y[r + 1], y[r + 3]);
+    x[r + 3] = _mm512_unpackhi_epi64(y[r + 1], y[r + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    const __m512i even_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0x88), odd_low = _mm512_shuffle_i32x4(x[i], x[i + 4], 0xdd);
+    const __m512i even_high = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0x88);
+    const __m512i odd_high = _mm512_shuffle_i32x4(x[i + 8], x[i + 12], 0xdd);
+    y[i] = _mm512_shuffle_i32x4(even_low, even_high, 0x88);
+    y[i + 4] = _mm512_shuffle_i32x4(odd_low, odd_high, 0x88);
+    y[i + 8] = _mm512_shuffle_i32x4(even_low, even_high, 0xdd);
+    y[i + 12] = _mm512_shuffle_i32x4(odd_low, odd_high, 0xdd);
+  }
+  std::copy(y, y + LANES, x);
 }
 
 // Rows as columns, [steps, PANEL] of up to PANEL rows [rows, D].
 template <bool PAIRS, class T>
 void pack_columns(const T* x, long stride, long D, long rows, long steps, float* to) {
-  const __m512i at = _mm512_mullo_epi32(_mm512_setr_epi32(0, 1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 13, 14, 15),
-                                        _mm512_set1_epi32(static_cast<int>(stride)));
-  for (long j = 0; j < PANEL; j += LANES, x += LANES * stride, rows -= LANES) {
-    const __mmask16 some = lanes(rows);
-    if constexpr (PAIRS) {
-      for (long i = 0; i < D / 2; ++i)
-        _mm512_storeu_si512(to + i * PANEL + j, _mm512_mask_i32gather_epi32(_mm512_setzero_si512(), some, at, x + 2 * i, 2));
-      if (D % 2) {
-        uint32_t last[LANES] = {};
-        for (long l = 0; l < std::min(LANES, rows); ++l) last[l] = x[l * stride + D - 1].bits;
-        std::memcpy(to + D / 2 * PANEL + j, last, sizeof last);
+  for (long j = 0; j < PANEL; j += LANES)
+    for (long i = 0; i < steps; i += LANES) {
+      __m512i square[LANES];
+      for (long l = 0; l < LANES; ++l) {
+        const T* row = x + (j + l) * stride;
+        if (j + l >= rows)
+          square[l] = _mm512_setzero_si512();
+        else if constexpr (PAIRS)
+          square[l] = _mm512_maskz_loadu_epi16(D - 2 * i >= 32 ? ~0u : (1u << (D - 2 * i)) - 1, row + 2 * i);
+        else
+          square[l] = _mm512_castps_si512(load(row + i, lanes(D - i)));
       }
-    } else if constexpr (std::is_same_v<T, float>) {
-      for (long i = 0; i < steps; ++i)
-        _mm512_storeu_ps(to + i * PANEL + j, _mm512_mask_i32gather_ps(_mm512_setzero_ps(), some, at, x + i, 4));
-    } else {
-      float row[LANES];
-      for (long i = 0; i < steps; i += LANES)
-        for (long l = 0; l < LANES; ++l) {
-          _mm512_storeu_ps(row, l < rows ? load(x + l * stride + i, lanes(D - i)) : _mm512_setzero_ps());
-          for (long d = i; d < std::min(steps, i + LANES); ++d) to[d * PANEL + j + l] = row[d - i];
-        }
+      transpose(square);
+      for (long d = i; d < std::min(steps, i + LANES); ++d) _mm512_storeu_si512(to + d * PANEL + j, square[d - i]);
     }
-  }
 }
 
 // Rows as right operands, [padded, or half of it, width] of rows [rows, D].

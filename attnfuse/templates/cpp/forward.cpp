@@ -8,6 +8,7 @@ namespace {
 
 constexpr long BLOCK_M = 48;
 constexpr long BLOCK_N = 256;
+constexpr long PACKED = 1 << 19;  // floats
 
 // Where packed operands lie, in floats.
 template <bool PAIRS>
@@ -36,14 +37,15 @@ class Block {
     scores_ = q_ + BLOCK_M * up(packed.steps, LANES);
     weights_ = PAIRS ? scores_ + BLOCK_M * BLOCK_N : scores_;
     out_ = weights_ + BLOCK_M * LDW;
-    // plain scores are multiples of what the product gives in the exponent of two; zero times what stands for a key that is not
-    // seen would be no number
+    // plain scores stay what the product gives until the greatest is taken from them; zero times what stands for a key that is
+    // not seen would be no number
     general_ = c.bias != nullptr || c.mask != nullptr || c.cap != 0 || c.scale == 0;
+    scale_ = general_ ? 1.0f : static_cast<float>(c.scale);
     unit_ = general_ ? LOG2E : static_cast<float>(c.scale * 1.4426950408889634);
     const T* q = static_cast<const T*>(c.q) + b * c.q_b + h * c.q_h + m0 * c.q_m;
     pack_left<PAIRS>(q, c.q_m, c.D, rows_, packed.steps, q_);
     for (long r = 0; r < rows_; ++r) {
-      most_[r] = -INF;
+      most_[r] = none();
       sum_[r] = 0;
       seen_[r] = seen_by(c, m0 + r);
     }
@@ -64,9 +66,9 @@ class Block {
         const long c0 = (n_first - n0) / LANES * LANES, c1 = up(n_last - n0, LANES);
         for (long r = r0; r < r1; ++r) weigh(r, n0, c0, c1);
         for (long d = 0; d < packed_.width; d += PANEL)
-          product<PAIRS>(r1 - r0, std::min(PANEL, packed_.width - d) / LANES, weights_ + r0 * LDW + packed_.rows_of(c0), LDW,
-                         values + packed_.rows_of(n0 + c0) * packed_.width + d, packed_.width, packed_.rows_of(c1 - c0),
-                         out_ + r0 * packed_.width + d, packed_.width, true);
+          product_of<PAIRS>(r1 - r0, std::min(PANEL, packed_.width - d) / LANES, weights_ + r0 * LDW, LDW,
+                            values + packed_.rows_of(n0) * packed_.width + d, packed_.width, n_first - n0, n_last - n0,
+                            out_ + r0 * packed_.width + d, packed_.width);
       }
     finish();
   }
@@ -83,13 +85,13 @@ class Block {
     return {std::max(found.first, n0), std::min(found.last, n1)};
   }
 
-  // Scores of row r as the exponents of their weights, those of keys that it does not see -inf; their greatest.
+  // Scores of row r, plain ones without their scale, those of keys that it does not see the least; the one of greatest weight.
   float score(float* row, long r, long n0, long c0, long c1) {
     const long head = c0 / LANES * LANES, tail = c1 / LANES * LANES;
     auto in = [&](long i) {
       return static_cast<__mmask16>(lanes(c1 - i) & (i < c0 ? 0xffff << (c0 - i) : 0xffff));
     };
-    const __m512 least = _mm512_set1_ps(-INF), unit = _mm512_set1_ps(unit_);
+    const __m512 least = _mm512_set1_ps(-INF);
     __m512 most = least;
     if (general_) {
       const float cap = static_cast<float>(c_.cap);
@@ -107,13 +109,18 @@ class Block {
     }
     if (head < c0) edge(row + head, in(head));
     if (tail < c1) edge(row + tail, in(tail));
-    for (long i = head; i < c1; i += LANES) most = _mm512_max_ps(most, _mm512_mul_ps(unit, _mm512_loadu_ps(row + i)));
-    return _mm512_reduce_max_ps(most);
+    if (unit_ > 0) {
+      for (long i = head; i < c1; i += LANES) most = _mm512_max_ps(most, _mm512_loadu_ps(row + i));
+      return _mm512_reduce_max_ps(most);
+    }
+    most = _mm512_set1_ps(INF);
+    for (long i = head; i < c1; i += LANES) most = _mm512_min_ps(most, _mm512_loadu_ps(row + i));
+    return _mm512_reduce_min_ps(most);
   }
 
   // Lanes that are left out become the least of the row: times a negative scale +inf is.
   void edge(float* x, __mmask16 in) const {
-    _mm512_storeu_ps(x, _mm512_mask_mov_ps(_mm512_set1_ps(unit_ < 0 ? INF : -INF), in, _mm512_loadu_ps(x)));
+    _mm512_storeu_ps(x, _mm512_mask_mov_ps(_mm512_set1_ps(none()), in, _mm512_loadu_ps(x)));
   }
 
   // Weights of row r for the columns [c0, c1) of a block, relative to its greatest score so far; the sums so far follow.
@@ -123,19 +130,17 @@ class Block {
     const long x0 = std::max(seen_[r].first - n0, c0), x1 = std::max(std::min(seen_[r].last - n0, c1), x0);
     const long head = x0 / LANES * LANES, tail = up(x1, LANES);
     if (x0 == x1) return clear(to, c0, c1);
-    const float most = std::max(most_[r], score(row, r, n0, x0, x1));
-    if (most > most_[r]) {
-      if (sum_[r] != 0) shrink(r, most);
-      most_[r] = most;
+    const float found = score(row, r, n0, x0, x1), before = most_[r];
+    if (unit_ > 0 ? found > before : found < before) {
+      most_[r] = found;
+      if (sum_[r] != 0) shrink(r, std::exp2(unit_ * (before - found)));
     }
-    const __m512 unit = _mm512_set1_ps(unit_), base = _mm512_set1_ps(most == -INF ? 0.0f : most);
+    const __m512 unit = _mm512_set1_ps(unit_), base = _mm512_set1_ps(most_[r] == none() ? 0.0f : most_[r]);
     __m512 sum = _mm512_setzero_ps();
     clear(to, c0, head);
     for (long i = head; i < x1; i += LANES) {
-      const __m512 x = _mm512_loadu_ps(row + i);
-      // a general score can be finfo.min, of which no multiple is finite
-      const __m512 weight =
-          exp2(general_ ? _mm512_mul_ps(unit, _mm512_sub_ps(x, base)) : _mm512_fmsub_ps(unit, x, base));
+      // a score can be finfo.min, of which no multiple is finite, and the rounding of a great one's more than its exponent bears
+      const __m512 weight = exp2(_mm512_mul_ps(unit, _mm512_sub_ps(_mm512_loadu_ps(row + i), base)));
       sum = _mm512_add_ps(sum, weight);
       put(to, i, weight);
     }
@@ -143,8 +148,10 @@ class Block {
     sum_[r] += _mm512_reduce_add_ps(sum);
   }
 
-  void shrink(long r, float most) {
-    const float factor = std::exp2(general_ ? (most_[r] - most) * LOG2E : most_[r] - most);
+  // What stands for the score of a row that has none yet.
+  float none() const { return unit_ > 0 ? -INF : INF; }
+
+  void shrink(long r, float factor) {
     sum_[r] *= factor;
     float* row = out_ + r * packed_.width;
     for (long d = 0; d < packed_.width; d += LANES)
@@ -169,13 +176,14 @@ class Block {
     T* to = static_cast<T*>(c_.out) + b_ * c_.out_b + h_ * c_.out_h + m0_ * c_.out_m;
     float* lse = c_.lse + b_ * c_.lse_b + h_ * c_.lse_h + m0_;
     for (long r = 0; r < rows_; ++r, to += c_.out_m) {
-      const bool none = sum_[r] == 0;
+      const bool empty = sum_[r] == 0;
       const float dead = seen_[r].first < seen_[r].last ? static_cast<float>(c_.dead) : 0.0f;
       for (long d = 0; d < c_.Dv; d += LANES) {
         const __m512 x = _mm512_loadu_ps(out_ + r * packed_.width + d);
-        store(to + d, none ? _mm512_set1_ps(dead) : _mm512_mul_ps(_mm512_set1_ps(1.0f / sum_[r]), x), lanes(c_.Dv - d));
+        store(to + d, empty ? _mm512_set1_ps(dead) : _mm512_mul_ps(_mm512_set1_ps(1.0f / sum_[r]), x), lanes(c_.Dv - d));
       }
-      lse[r] = none ? -INF : most_[r] * (general_ ? 1.0f : 1 / LOG2E) + std::log(sum_[r]);
+      const float most = most_[r] * scale_;
+      lse[r] = empty ? -INF : most == INF ? INF : most + std::log(sum_[r]);
     }
   }
 
@@ -183,17 +191,29 @@ class Block {
   const Packed<PAIRS>& packed_;
   const long rows_, b_, h_, m0_;
   bool general_;
-  float unit_;
+  float scale_, unit_;  // of scores, and of them in the exponent of two
   float *q_, *scores_, *weights_, *out_;
   float most_[BLOCK_M], sum_[BLOCK_M];
   Range seen_[BLOCK_M];
 };
 
+// KV heads whose keys and values are packed at a time: what the caches hold, and no fewer than give each thread a block of rows.
+template <bool PAIRS, class T>
+long heads_at_a_time(const Call& c) {
+  const long head = std::max(1L, Packed<PAIRS>(c).head), tasks = std::max(1L, c.H / c.Hkv * (up(c.M, BLOCK_M) / BLOCK_M));
+  return std::min(c.B * c.Hkv, std::max(PACKED / head, (c.threads + tasks - 1) / tasks));
+}
+
 template <bool PAIRS, class T>
 void run(const Call& c) {
   const Packed<PAIRS> packed(c);
   float* heads = c.scratch + c.threads * packed.block;
-  const long together = std::max(1L, (c.scratch_floats - c.threads * packed.block) / packed.head);
+  const long together = heads_at_a_time<PAIRS, T>(c);
+  Range seen{c.N, 0};
+  for (long m = 0; m < c.M; ++m) {
+    const Range keys = seen_by(c, m);
+    if (keys.first < keys.last) seen = {std::min(seen.first, keys.first), std::max(seen.last, keys.last)};
+  }
   const long all = c.B * c.Hkv, group = c.H / c.Hkv, blocks = up(c.M, BLOCK_M) / BLOCK_M, panels = packed.keys / PANEL;
 #pragma omp parallel num_threads(c.threads)
   for (long start = 0; start < all; start += together) {
@@ -204,7 +224,9 @@ void run(const Call& c) {
       const T* k = static_cast<const T*>(c.k) + b * c.k_b + h * c.k_h + n * c.k_n;
       const T* v = static_cast<const T*>(c.v) + b * c.v_b + h * c.v_h + n * c.v_n;
       float* to = heads + at * packed.head;
-      const long keys = std::min(PANEL, c.N - n);
+      // keys that no row sees may hold anything, and stand for zeros where they share a panel with others
+      const long keys = std::clamp(seen.last - n, 0L, PANEL);
+      if (keys == 0 || n + PANEL <= seen.first) continue;
       pack_columns<PAIRS>(k, c.k_n, c.D, keys, packed.steps, to + n * packed.steps);
       to += packed.keys * packed.steps + packed.rows_of(n) * packed.width;
       pack_rows<PAIRS>(v, c.v_n, c.Dv, keys, PANEL, packed.width, to);
@@ -222,19 +244,18 @@ void run(const Call& c) {
   }
 }
 
-template <bool PAIRS>
-int64_t floats(const Call& c, int64_t heads) {
+template <bool PAIRS, class T>
+int64_t floats(const Call& c) {
   const Packed<PAIRS> packed(c);
-  return c.threads * packed.block + heads * packed.head;
+  return c.threads * packed.block + heads_at_a_time<PAIRS, T>(c) * packed.head;
 }
 
 }  // namespace
 
-// What a call needs in `scratch` to run `heads` KV heads at a time, in floats.
-extern "C" int64_t forward_floats(const Call* c, int64_t pairs, int64_t heads) {
-  return HAS_PAIRS && pairs ? floats<true>(*c, heads) : floats<false>(*c, heads);
-}
-
+// What a call needs in `scratch`, in floats, and the call itself.
+extern "C" int64_t forward_floats_f32(const Call* c) { return floats<false, float>(*c); }
+extern "C" int64_t forward_floats_f16(const Call* c) { return floats<false, f16>(*c); }
+extern "C" int64_t forward_floats_bf16(const Call* c) { return floats<HAS_PAIRS != 0, bf16>(*c); }
 extern "C" void forward_f32(const Call* c) { run<false, float>(*c); }
 extern "C" void forward_f16(const Call* c) { run<false, f16>(*c); }
 extern "C" void forward_bf16(const Call* c) { run<HAS_PAIRS != 0, bf16>(*c); }
