@@ -56,8 +56,9 @@ LEAVES: dict[str, Any] = {
 
 
 @pytest.fixture(autouse=True)
-def _any_rows(monkeypatch: pytest.MonkeyPatch) -> None:
+def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(native, "_PRODUCTS", 1)
 
 
 @pytest.fixture

@@ -21,6 +21,8 @@ log = logging.getLogger(__name__)
 
 _SOURCES: Final = Path(__file__).parent / "cpp"
 _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
+# A thread more has that many products to make: to start it, and to wait for it beside other work, costs more than fewer.
+_PRODUCTS: Final = 1 << 22
 # To pack keys and values costs more in float32 than fewer rows gain: with 2,048 of 4 x 16 heads 1 row takes 2.1 times, 32 rows 1.05
 # times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core).
 _FEWEST_ROWS: Final = 64
@@ -254,7 +256,9 @@ class _Call:
     ) -> None:
         B, H, M, D = q.shape
         Hkv, N = k.shape[1:3]
-        self._type, self._threads = _TYPES[q.dtype], torch.get_num_threads()
+        self._type = _TYPES[q.dtype]
+        products = B * H * M * N * (D + v.shape[3])
+        self._threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS))
         scale, cap, bias, mask = score
         ends = (0, 0) if keys.rows is None else (keys.rows[0].data_ptr(), keys.rows[1].data_ptr())
         self._before = (
