@@ -363,7 +363,7 @@ def _llama() -> Iterator[tuple[str, Case]]:
 def _models() -> Iterator[tuple[str, Case]]:
     for name, subject in FORWARD.items():
         about = f"{subject.model}, forward, {subject.about}, float32, few layers, random weights"
-        yield f"model-{name}", Speed(subject, Target("at least", 0.97), about, starts=5)
+        yield f"model-{name}", Speed(subject, Target("at least", 0.97), about, starts=2)
     for name, subject in FORWARD.items():
         yield (
             f"passes-{name}",

@@ -10,6 +10,7 @@ import ctypes
 import logging
 import math
 import struct
+import sys
 from functools import cache
 from pathlib import Path
 from typing import Any, Final, NamedTuple
@@ -123,16 +124,16 @@ def _processor() -> dict[str, str]:
 def is_faster_in(dtype: torch.dtype) -> bool:
     """Whether the library's kernel is known to leave vectors of this processor unused in that type.
 
-    In float32 on processors of AMD, where MKL takes AVX2's; in bfloat16 and float16 where there are no tiles (AMX) for them, as it
-    converts to float32 then. Elsewhere nothing was measured, and the library serves.
+    So it is on those of AMD with AVX-512: in float32, as MKL takes AVX2's there, in bfloat16 and float16, as the kernel converts to
+    float32 where it finds no tiles (AMX) for them. On others nothing was measured, and the library serves.
     """
-    if not has("avx512"):
+    if sys.platform != "linux" or not has("avx512") or _processor().get("vendor_id") != "AuthenticAMD":
         return False
-    if dtype == torch.float32:
-        return _processor().get("vendor_id") == "AuthenticAMD"
-    if dtype == torch.bfloat16:
-        return not has("amx_tile")
-    return dtype == torch.float16 and not has("amx_fp16")
+    tiles = {torch.float32: None, torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}
+    if dtype not in tiles:
+        return False
+    needed = tiles[dtype]
+    return needed is None or not has(needed)
 
 
 def serves(dtype: torch.dtype, rows: int) -> bool:
