@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from attnfuse.templates import native
+from attnfuse.templates.base import Inputs
 
 _FORWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
 _BACKWARD: Final = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_backward.default
@@ -34,6 +35,16 @@ def takes_groups() -> bool:
     dq, *dkv = _BACKWARD(q, q, *expanded, same, same_lse, 0.0, False)
     expected = (same, same_lse, dq, *(x.view(1, 2, 2, 3, 8).sum(2) for x in dkv))
     return all(a.shape == b.shape and torch.allclose(a, b) for a, b in zip((out, lse, *grads), expected, strict=True))
+
+
+def is_ours(inputs: Inputs, *, backward: bool = False) -> bool:
+    """Whether a call, or its backward, goes to our kernel.
+
+    All of it does, so that the scores of the backward are rounded as those that the log-sum-exp was made of.
+    """
+    shape, dtype = inputs.shape, inputs.q.dtype
+    rows = shape.M * shape.H // max(1, shape.Hkv)
+    return native.serves(dtype, rows) and (not backward or native.differentiates(dtype))
 
 
 def is_slow_in(dtype: torch.dtype, *, backward: bool) -> bool:
@@ -75,6 +86,7 @@ def forward(
     v: Tensor,
     scale: float,
     *,
+    ours: bool,
     causal: bool = False,
     mask: Tensor | None = None,
     allowed: Tensor | None = None,
@@ -84,14 +96,15 @@ def forward(
 
     Args:
         q, k, v: [B, H, M, D], [B, Hkv, N, D] and [B, Hkv, N, D], of one type.
+        ours: whether it is our kernel (`is_ours`).
         causal: row m sees the keys up to m.
         mask: [B, H, M, N], added to the scores, fp32 or of the operands' type.
         allowed: bool, as `mask`: the keys that a row sees.
         dead: where there may be rows whose every score is -inf, what they are; their lse is -inf then.
     """
     q, k, v = map(unit_stride, (q, k, v))
-    B, H, M, D = q.shape
-    if native.serves(q.dtype, M * H // k.shape[1]):
+    if ours:
+        B, H, M, D = q.shape
         out = torch.empty_permuted((B, H, M, D), (0, 2, 1, 3), dtype=q.dtype)
         lse = torch.empty((B, H, M), dtype=torch.float32)
         score, keys = _score(scale, mask, allowed), _seen(k, causal=causal)
@@ -113,13 +126,14 @@ def backward(
     lse: Tensor,
     scale: float,
     *,
+    ours: bool,
     causal: bool = False,
     mask: Tensor | None = None,
     allowed: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight."""
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
-    if native.differentiates(q.dtype):
+    if ours:
         dq, dk, dv = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (q, k, v))
         score = _score(scale, mask, allowed)
         native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, _seen(k, causal=causal))

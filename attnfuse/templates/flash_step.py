@@ -19,7 +19,7 @@ from torch import Tensor
 
 from attnfuse.score import loads
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import diagonals, flash_kernel, native
+from attnfuse.templates import diagonals, flash_kernel
 from attnfuse.templates.affine import affine, constant, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Inputs
@@ -310,7 +310,7 @@ def _masked(
         m = rows if plan.bias_by_row else (rows[0], rows[0] + 1)
         value = plan.bias(work.block(batches, heads, m, keys.hull, keys.indices))[0]
         mask = tensor_of(value, work.dtype)
-        if pieces and native.serves(work.inputs.q.dtype, rows[1] - rows[0]):
+        if pieces and flash_kernel.is_ours(work.inputs):
             # our kernel takes conditions beside a bias, which stays where it is
             some = torch.ones((*_dims(pieces), keys.count), dtype=torch.bool)
             for (c0, c1), allowed in pieces:
@@ -390,11 +390,12 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
     all_k, all_v = _keys_and_values(work, backward=False)
+    ours = flash_kernel.is_ours(inputs)
 
     def forward_of_band(band: Band, b: int) -> None:
         q = band.rows_of(inputs.q[b, h0:h1]).to(all_k.dtype)
         k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
-        values, sums = flash_kernel.forward(q, k, v, plan.scale, mask=_for_blocks(band))
+        values, sums = flash_kernel.forward(q, k, v, plan.scale, ours=ours, mask=_for_blocks(band))
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
@@ -409,7 +410,9 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
             k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
             dead = math.nan if may_be_dead else None
             results.append(
-                flash_kernel.forward(q, k, v, plan.scale, causal=causal, mask=mask, allowed=allowed, dead=dead)
+                flash_kernel.forward(
+                    q, k, v, plan.scale, ours=ours, causal=causal, mask=mask, allowed=allowed, dead=dead
+                )
             )
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         out[b0:b1, h0:h1, m0:m1] = values
@@ -431,13 +434,14 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
     all_k, all_v = _keys_and_values(work, backward=True)
+    ours = flash_kernel.is_ours(inputs, backward=True)
 
     def backward_of_band(band: Band, b: int) -> None:
         of_rows = (x[b, h0:h1] for x in (grads.dout, inputs.q, grads.out, grads.row_lse))
         dout, q, out, lse = map(band.rows_of, of_rows)
         k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
         dout, q, out = (x.to(all_k.dtype) for x in (dout, q, out))
-        dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, mask=_for_blocks(band))
+        dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, ours=ours, mask=_for_blocks(band))
         if grads.dk is not None:
             band.add(grads.dk[b, kv0:kv1], dk)
         if grads.dv is not None:
@@ -460,7 +464,7 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         for keys, causal, mask, allowed in parts:
             k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
             dq, dk, dv = flash_kernel.backward(
-                dout, q, k, v, out, lse, plan.scale, causal=causal, mask=mask, allowed=allowed
+                dout, q, k, v, out, lse, plan.scale, ours=ours, causal=causal, mask=mask, allowed=allowed
             )
             dqs.append(dq)
             if grads.dk is not None:

@@ -21,7 +21,7 @@ from attnfuse.templates.affine import Capped, affine, as_load, capped, constant,
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.cover import Run, Segment
 from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
-from attnfuse.templates.flash_kernel import has_digits, unit_stride
+from attnfuse.templates.flash_kernel import has_digits, is_ours, unit_stride
 from attnfuse.templates.plain_step import Rows
 from attnfuse.templates.work import BLOCK_CELLS, Gradients, Work, tensor_of
 
@@ -85,8 +85,7 @@ def takes(spec: AttentionSpec) -> bool:
 
 
 def _plan_for(inputs: Inputs) -> _Plan | None:
-    shape = inputs.shape
-    if inputs.q.dtype != inputs.v.dtype or not native.serves(inputs.q.dtype, shape.M * shape.H // shape.Hkv):
+    if inputs.q.dtype != inputs.v.dtype or not is_ours(inputs):
         return None
     return _plan(inputs.text, inputs.shape, inputs.sizes)
 

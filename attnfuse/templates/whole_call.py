@@ -144,7 +144,8 @@ def forward(inputs: Inputs) -> tuple[Tensor, Tensor] | None:
     if found is None:
         return None
     given = (inputs.q, inputs.k, inputs.v, found.scale)
-    out, lse = flash_kernel.forward(*given, causal=found.causal, mask=found.mask, dead=found.dead)
+    ours = flash_kernel.is_ours(inputs)
+    out, lse = flash_kernel.forward(*given, ours=ours, causal=found.causal, mask=found.mask, dead=found.dead)
     if found.least is not None:
         # rows of nothing else, whose log-sum-exp is what was added
         lse = lse.masked_fill(lse == found.least, torch.finfo(torch.float32).min)
@@ -163,7 +164,8 @@ def backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
         # no weight, and no NaN
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     given = (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out, lse, found.scale)
-    grads = flash_kernel.backward(*given, causal=found.causal, mask=found.mask)
+    ours = flash_kernel.is_ours(inputs, backward=True)
+    grads = flash_kernel.backward(*given, ours=ours, causal=found.causal, mask=found.mask)
     return [
         laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed
     ]

@@ -8,7 +8,7 @@ namespace {
 
 constexpr long BLOCK_M = 48;
 constexpr long BLOCK_N = 256;
-constexpr long PACKED = 1 << 19;  // floats
+constexpr long PACKED = 1 << 19;  // floats of packed operands that the caches hold
 
 // Where packed operands lie, in floats.
 template <bool PAIRS>
