@@ -101,6 +101,18 @@ def test_results_and_gradients(
 
 @served
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_values_without_columns(dtype: torch.dtype) -> None:
+    """Sums of no terms are zeros, not what the memory held before."""
+    call = call_of("causal", Shape(2, 4, 2, 100, 130, 16, 0), dtype)
+    torch.empty(1 << 20).fill_(torch.nan)
+    out, lse = call.run()
+    assert lse.isfinite().all()
+    for grad in torch.autograd.grad((out.sum(), lse.sum() * 0.0), (call.q, call.k, call.v)):
+        assert not grad.any()
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("name", ["causal", "softcap", "bias of each cell"])
 def test_the_gradient_of_lse(name: str, dtype: torch.dtype) -> None:
     hold_to_oracle(call_of(name, SHAPES[0], dtype), with_lse=True)

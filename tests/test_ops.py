@@ -564,7 +564,7 @@ def python_calls(run: Callable[[], object]) -> int:
 def test_a_call_without_gradients_is_cheap() -> None:
     """Counted in Python functions and operators, not in time: what is computed once a spec and shape is not computed again."""
     given = call(CAUSAL, grad=False)
-    assert python_calls(lambda: OP(*given)) <= 24
+    assert python_calls(lambda: OP(*given)) <= 25
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU]) as profile:
         OP(*given)
     ran = {e.key for e in profile.key_averages()}

@@ -163,9 +163,11 @@ template <bool PAIRS, bool ACROSS = false>
 void product(long rows, long vectors, const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc,
              bool add) {
   const Tile run = TILES<PAIRS, ACROSS>[rows - 1][vectors - 1];
-  // short sums of short sums keep more digits than a long one
-  for (long i = 0; i < steps; i += STEPS)
+  // short sums of short sums keep more digits than a long one; one of nothing is zero
+  long i = 0;
+  do {
     run(a + (ACROSS ? i * lda : i), lda, b + i * ldb, ldb, std::min(STEPS, steps - i), c, ldc, add || i > 0);
+  } while ((i += STEPS) < steps);
 }
 
 // c + a·b for the terms [first, last) of sums alone: a [rows, terms], b [terms, 16·vectors], in PAIRS two terms side by side.
