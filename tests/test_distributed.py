@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
-import socket
 import time
 from datetime import timedelta
 from pathlib import Path
@@ -25,12 +23,6 @@ WORLD = 2
 PATIENCE = timedelta(seconds=120)
 
 
-def _port() -> int:
-    with socket.socket() as found:
-        found.bind(("127.0.0.1", 0))
-        return int(found.getsockname()[1])
-
-
 def _step(model: nn.Module, given: dict[str, Tensor]) -> dict[str, Tensor]:
     out = models.call(model, given)
     out.square().mean().backward()
@@ -48,11 +40,12 @@ def _part(rank: int) -> dict[str, Tensor]:
     return {name: x[2 * rank : 2 * rank + 2] for name, x in given.items()}
 
 
-def _work(rank: int, kind: str, port: int, folder: str) -> None:
+def _work(rank: int, kind: str, folder: str) -> None:
     """One process: a step with compiled layers, its gradients and remarks written to `folder`."""
-    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
     torch.set_num_threads(1)
-    dist.init_process_group("gloo", rank=rank, world_size=WORLD, timeout=PATIENCE)
+    # they meet in a file: a port that was free may be taken by the time it is used
+    store = f"file://{folder}/store"
+    dist.init_process_group("gloo", init_method=store, rank=rank, world_size=WORLD, timeout=PATIENCE)
     try:
         model: Any = models.build("llama", "eager").train()
         reports: list[Report] = []
@@ -72,7 +65,7 @@ def _work(rank: int, kind: str, port: int, folder: str) -> None:
             torch.save(grads, Path(folder, "gradients.pt"))
             facts = [(r.kind, r.score, list(r.facts.get("notes", ()))) for r in remarks]  # type: ignore[call-overload]
             Path(folder, "remarks.json").write_text(json.dumps(facts))
-        # the store lives in rank 0: nobody leaves while another still asks for it
+        # nobody leaves while another still asks for something
         dist.barrier()
     finally:
         dist.destroy_process_group()
@@ -83,7 +76,7 @@ def test_two_processes(kind: str, tmp_path: Path) -> None:
     """The gradients are the mean of those that eager gives for each process's part; the mask, which comes from outside the
     compiled layers, is a leaf with a note."""
     started: Any = multiprocessing.start_processes(  # type: ignore[no-untyped-call]
-        _work, args=(kind, _port(), str(tmp_path)), nprocs=WORLD, join=False, start_method="spawn"
+        _work, args=(kind, str(tmp_path)), nprocs=WORLD, join=False, start_method="spawn"
     )
     end = time.monotonic() + 2 * PATIENCE.total_seconds()
     while not started.join(timeout=5):
