@@ -12,9 +12,12 @@ import torch
 from torch import Tensor
 
 from attnfuse.reference import attention as reference
-from attnfuse.spec import Shape
+from attnfuse.score import parse_expr
+from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates import flash_step, native, plain_step
+from attnfuse.templates.affine import as_load, capped
 from attnfuse.templates.native import Cells, Keys, Score
+from attnfuse.templates.native_step import takes
 from tests.families import Call, floats, hold_to_oracle, made
 from tests.numerics import assert_close
 
@@ -97,6 +100,48 @@ def test_results_and_gradients(
         torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
     assert 1 <= calls["forward"] == calls["backward"] <= 3
     hold_to_oracle(call)
+
+
+# Near misses of a softcapped score, and of a bias that is a leaf as it stands.
+NOT_CAPPED = (
+    "2*tanh(s*0.5) + s",
+    "2*tanh(s*0.5)*s",
+    "2*tanh(tanh(s))",
+    "tanh(s) + tanh(s*2)",
+    "2*tanh(s*0.5 + slope[n])",
+    "2*tanh(s*0.5)*slope[n]",
+    "slope[n]*tanh(s)",
+    "bf16(2*tanh(s*0.5))",
+)
+
+
+@pytest.mark.parametrize("score", NOT_CAPPED)
+def test_what_is_no_softcapped_score(score: str, calls: Counter[str]) -> None:
+    """It goes to no kernel of ours, and is right all the same."""
+    given = "slope: f32[:]; " if "slope" in score else ""
+    call = made(f"{given}{score}", Shape(1, 2, 2, 80, 70, 16, 16), (floats(70),) if given else ())
+    assert capped(call.spec.program.body) is None
+    assert not takes(call.spec)
+    call.run()
+    assert not calls
+    if "bf16" not in score:
+        hold_to_oracle(call)
+
+
+def test_what_is_no_load() -> None:
+    """Integers, and products of a load, have to be computed."""
+    spec = parse_spec("ids: i64[:]; bias: f32[:]; s + bias[n]")
+    taken = {text: as_load(spec, parse_expr(text)) for text in ("bias[n]", "float(ids[n])", "bias[n]*2.0", "-bias[n]")}
+    assert [text for text, load in taken.items() if load is not None] == ["bias[n]"]
+
+
+@served
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_the_gradient_of_lse_alone_where_values_have_no_columns(dtype: torch.dtype) -> None:
+    """Operands of no columns leave those beside them in memory alone."""
+    empty, one = (call_of("all", Shape(1, 2, 1, 128, 130, 32, columns), dtype) for columns in (0, 1))
+    grads = [torch.autograd.grad(c.run()[1].square().sum(), (c.q, c.k)) for c in (empty, one)]
+    assert all(map(torch.equal, *grads))
 
 
 @served

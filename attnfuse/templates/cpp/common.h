@@ -260,7 +260,7 @@ template <bool PAIRS, class T>
 void pack_left(const T* x, long stride, long D, long rows, long steps, float* to) {
   for (long r = 0; r < rows; ++r, x += stride, to += steps) {
     if constexpr (PAIRS) {
-      to[steps - 1] = 0;
+      if (D % 2) to[steps - 1] = 0;
       std::memcpy(to, x, D * sizeof(T));
     } else {
       for (long d = 0; d < D; d += LANES) store(to + d, load(x + d, lanes(D - d)), lanes(D - d));
