@@ -138,7 +138,7 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
         return remark.code
 
     assert [code(called, 16, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["AF001", "AF001"]
-    monkeypatch.setattr(sys.modules[decide.__module__], "serves", lambda *_: True)
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: True)
     for dtype in (torch.bfloat16, torch.float32):
         assert [code(called, length, dtype) for length in (64, 65)] == ["AF011", "AF000"]
     assert [code(spelled, length, torch.float32) for length in (64, 65)] == ["AF011", "AF000"]

@@ -25,9 +25,10 @@ from attnfuse.templates.choose import Choice, Refusal, choose
 from attnfuse.templates.inline import Inline
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
-from attnfuse.templates.native import serves
+from attnfuse.templates.native import suits
 from attnfuse.templates.native_step import takes
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
+from attnfuse.templates.written_bias import WrittenBias, written_bias
 from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 
 # So many times `inline_scores` an attention has at least for which a product more pays, with PyTorch's kernels and with ours: see
@@ -36,12 +37,16 @@ _SUM: Final = 16
 _SUM_BY_OURS: Final = 2
 
 
+# None: the operator `attnfuse::attention` alone
+Form = Call | Inline | WrittenBias | None
+
+
 @dataclass(frozen=True)
 class Replacement:
-    """A site's meaning, what serves it (None: the operator `attnfuse::attention`) and the remark about it."""
+    """A site's meaning, what takes its place and the remark about it."""
 
     meaning: Meaning
-    form: Call | Inline | None
+    form: Form
     remark: Remark
 
 
@@ -70,15 +75,25 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     if isinstance(choice, Refusal):
         return Remark.of("AF030", **where, reasons=dict(choice.reasons), **facts)  # type: ignore[arg-type]
     template = choice.template
-    form = call_for(what.spec) if isinstance(template, Library) else template if isinstance(template, Inline) else None
+    form = _form(what, choice, target)
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
     few = (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
     if SUMMED in site.anchor.meta and what.shape.M * what.shape.N <= few and target.device == "cpu":
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
     facts["tiles_skipped"] = round(_tiles_skipped(what, choice), 4)
-    code = "AF010" if isinstance(form, Call) else "AF011" if isinstance(form, Inline) else "AF000"
+    code = {Call: "AF010", Inline: "AF011"}.get(type(form), "AF000")
     return Replacement(what, form, Remark.of(code, **where, template=template.name, **facts))  # type: ignore[arg-type]
+
+
+def _form(what: Meaning, choice: Choice, target: Target) -> Form:
+    """What the template that is chosen asks for."""
+    if isinstance(choice.template, Library):
+        return call_for(what.spec)
+    if isinstance(choice.template, Inline):
+        return choice.template
+    small = target.device == "cpu" and target.dtype != "f64" and what.shape.M * what.shape.N <= target.inline_scores
+    return written_bias(what.spec) if small else None
 
 
 def _tiles_skipped(what: Meaning, choice: Choice) -> float:
@@ -111,7 +126,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         native=q.device.type == "cpu"
         and site.dtype == fake(site.out).dtype
         and takes(what.spec)
-        and serves(site.dtype, what.shape.M * what.shape.H // max(1, what.shape.Hkv)),
+        and suits(site.dtype, what.shape.M * what.shape.H // max(1, what.shape.Hkv)),
         rounded=site.rounded,
     )
 

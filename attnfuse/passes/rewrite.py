@@ -8,7 +8,7 @@ operation makes a contiguous copy anyway.
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from typing import Any, Final
 
 import torch
@@ -18,6 +18,7 @@ from torch.amp import autocast_mode
 from torch.fx.experimental.proxy_tensor import make_fx
 
 from attnfuse import ops
+from attnfuse.passes.decide import Form
 from attnfuse.passes.graph import aten, erase, fake, packet, shape
 from attnfuse.passes.index import Digit, Index, Size, piece, same, sizes_of
 from attnfuse.passes.lift import LeafSource, Scope, passed_by
@@ -30,6 +31,7 @@ from attnfuse.spec import AttentionSpec, parse_spec
 from attnfuse.templates.inline import Inline, written_out
 from attnfuse.templates.library import Call
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, worth_a_map
+from attnfuse.templates.written_bias import WrittenBias, values
 
 _AXES: Final = ("b", "h", "m", "e")
 
@@ -76,13 +78,11 @@ def _no_autocast() -> torch._C._DisableAutocast:
     return torch._C._DisableAutocast()
 
 
-def insert(
-    site: Site, what: Meaning, form: Call | Inline | None, check: Callable[[fx.Node, fx.Node], None] | None = None
-) -> None:
+def insert(site: Site, what: Meaning, form: Form, check: Callable[[fx.Node, fx.Node], None] | None = None) -> None:
     """Writes the new nodes and makes the users of the old output, and of the old log-sum-exp, read the new one.
 
     Args:
-        form: the scaled_dot_product_attention call, or plain operators, to emit instead of `attnfuse::attention`.
+        form: the scaled_dot_product_attention call, or plain operators, to emit instead of `attnfuse::attention`, or before it.
         check: is shown the old and the new while both stand; what it raises takes the new nodes out again.
 
     Raises:
@@ -115,7 +115,7 @@ def _inputs(site: Site) -> Iterable[fx.Node]:
         yield from node.all_input_nodes
 
 
-def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) -> list[tuple[fx.Node, fx.Node]]:
+def _emit(emit: Emitter, site: Site, what: Meaning, form: Form) -> list[tuple[fx.Node, fx.Node]]:
     """The old output and log-sum-exp, each with the node that takes its place."""
     q, k, v = (_arranged(emit, op, site, role) for op, role in ((site.q, "q"), (site.k, "k"), (site.v, "v")))
     k, v = _with_same_heads(emit, k, v, site)
@@ -131,7 +131,7 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
         leaves = _leaves(emit, site, what)
         out = _written_out(emit, what.spec, [q, k, v, *leaves], rounded=site.rounded)
         placed = _like_original(emit, out, site, order, free)
-    elif form is not None:
+    elif isinstance(form, Call):
         grouped = not same(shape(q)[1], shape(k)[1])
         out = emit(
             aten.scaled_dot_product_attention.default,
@@ -154,7 +154,10 @@ def _emit(emit: Emitter, site: Site, what: Meaning, form: Call | Inline | None) 
         if free:
             order = free
         tiles = _tile_map(emit, site, what, (q, k), leaves, sizes)
-        given = q, k, v, leaves, sizes, tiles, seed, str(what.spec), list(order), ops.ABI
+        spec = what.spec
+        if form is not None:
+            spec, leaves = form.spec, _with_bias_written_out(emit, what, form, leaves)
+        given = q, k, v, leaves, sizes, tiles, seed, str(spec), list(order), ops.ABI
         pair = emit(torch.ops.attnfuse.attention.default, *given)
         out = emit(operator.getitem, pair, 0)
         placed = _placed(emit, out, site, site.out_index)
@@ -202,40 +205,52 @@ def _like_original(
 def _written_out(emit: Emitter, spec: AttentionSpec, operands: Sequence[fx.Node], *, rounded: bool) -> fx.Node:
     """The nodes of `inline.written_out`, in a region without autocast where there may be one that would round them."""
 
-    # one trace for all layers that are alike
-    values = [fake(node) for node in operands]
-    places = tuple(next(at for at, x in enumerate(values) if x is value) for value in values)
-    key = str(spec), rounded, places, tuple(map(_described, values))
-    traced = emit.site.scope.traced.get(key)
-    if traced is None:
-        traced = emit.site.scope.traced[key] = _traced(emit, spec, values, rounded=rounded)
+    def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
+        return written_out(spec, q, k, v, leaves, rounded=rounded)
+
     device = fake(operands[0]).device.type
     low = all(fake(x).dtype == torch.get_autocast_dtype(device) for x in operands[:3])
-    given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     # AOTAutograd caches no graph with such a region in it
     region = None
     if not (rounded and low) and _may_autocast(emit.site):
         region = emit.bare(autocast_mode._enter_autocast, device, None, False, None)
+    result = _traced(emit, (str(spec), rounded), attention, operands)
+    if region is not None:
+        emit.bare(autocast_mode._exit_autocast, region)
+    return result
+
+
+def _with_bias_written_out(emit: Emitter, what: Meaning, form: WrittenBias, leaves: Sequence[fx.Node]) -> list[fx.Node]:
+    """The leaves of `form.spec` from those of the spec as it was."""
+
+    def bias(*leaves: Tensor) -> Tensor:
+        return values(form, leaves, what.shape)
+
+    written = _traced(emit, ("bias", str(form.of), what.shape), bias, leaves)
+    named = dict(zip((leaf.name for leaf in form.of.leaves), leaves, strict=True))
+    return [*(named[leaf.name] for leaf in form.spec.leaves[:-1]), written]
+
+
+def _traced(emit: Emitter, key: Hashable, function: Callable[..., Tensor], operands: Sequence[fx.Node]) -> fx.Node:
+    """The nodes of a function of tensors; one trace serves all layers that are alike, `key` says what else it was given."""
+    tensors = [fake(node) for node in operands]
+    places = tuple(next(at for at, x in enumerate(tensors) if x is value) for value in tensors)
+    key = key, places, tuple(map(_described, tensors))
+    traced = emit.site.scope.traced.get(key)
+    if traced is None:
+        with emit.mode, torch.no_grad(), _no_autocast():
+            traced = make_fx(function, pre_dispatch=True)(*tensors)
+        traced.graph.eliminate_dead_code()
+        emit.site.scope.traced[key] = traced
+    given = dict(zip(traced.graph.find_nodes(op="placeholder"), operands, strict=True))
     (out,) = traced.graph.output_node().args
     for node in traced.graph.nodes:
         if node.op == "call_function":
             given[node] = emit.copy(node, given)
         elif node.op not in ("placeholder", "output"):
-            raise AssertionError(f"{node.format_node()} in the trace of {spec}")
-    if region is not None:
-        emit.bare(autocast_mode._exit_autocast, region)
+            raise AssertionError(f"{node.format_node()} in the trace of {key}")
     result: fx.Node = given[out]
     return result
-
-
-def _traced(emit: Emitter, spec: AttentionSpec, values: Sequence[Tensor], *, rounded: bool) -> fx.GraphModule:
-    def attention(q: Tensor, k: Tensor, v: Tensor, *leaves: Tensor) -> Tensor:
-        return written_out(spec, q, k, v, leaves, rounded=rounded)
-
-    with emit.mode, torch.no_grad(), _no_autocast():
-        traced = make_fx(attention, pre_dispatch=True)(*values)
-    traced.graph.eliminate_dead_code()
-    return traced
 
 
 def _described(x: Tensor) -> tuple[object, ...]:

@@ -97,6 +97,26 @@ def capped(body: Expr) -> Capped | None:
     return None if outer is None else Capped(inner.scale, outer.scale, outer.bias)
 
 
+class Numbers(NamedTuple):
+    """A score as kernels take it: `s*scale + bias`, or, with a cap that is not 0, `cap*tanh(s*scale / cap) + bias`."""
+
+    scale: float
+    cap: float
+    bias: Expr | None
+
+
+def numbers(body: Expr, sizes: dict[str, int]) -> Numbers | None:
+    """`body` as such a score, or None if it has another form or numbers that are not known."""
+    form = affine(body) or capped(body)
+    scale = None if form is None else constant(form.scale, sizes)
+    if form is None or scale is None:
+        return None
+    if isinstance(form, Affine):
+        return Numbers(scale, 0.0, form.bias)
+    cap = constant(form.cap, sizes)
+    return Numbers(scale * cap, cap, form.bias) if cap else None
+
+
 def as_load(spec: AttentionSpec, bias: Expr | None) -> Load | None:
     """A bias that is no more than a load of floating-point numbers."""
     while isinstance(bias, Call) and bias.op == "float":

@@ -121,6 +121,14 @@ class Run(NamedTuple):
     segments: tuple[Segment, ...]
     rows: Rows
 
+    def parts(self, group: int, most: int) -> Iterator[Run]:
+        """The run in parts of up to `most` pairs of a batch and a head, but the `group` of a KV head at least."""
+        heads = max(group, min(most, self.h1 - self.h0) // group * group)
+        batches = max(1, most // max(1, self.h1 - self.h0))
+        for b in range(self.b0, self.b1, batches):
+            for h in range(self.h0, self.h1, heads):
+                yield self._replace(b0=b, b1=min(b + batches, self.b1), h0=h, h1=min(h + heads, self.h1))
+
 
 def columns_of(allowed: Tensor) -> tuple[int, int]:
     """The columns between the first and the last that have an allowed cell; (0, 0) if none has."""

@@ -90,24 +90,27 @@ def forward(
     causal: bool = False,
     mask: Tensor | None = None,
     allowed: Tensor | None = None,
+    cap: float = 0.0,
+    dropout: native.Dropout | None = None,
     dead: float | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """out [B, H, M, D] and lse [B, H, M]; zeros, and -inf or 0, in rows whose every score is -inf.
+    """out [B, H, M, Dv] and lse [B, H, M]; zeros, and -inf or 0, in rows whose every score is -inf.
 
     Args:
-        q, k, v: [B, H, M, D], [B, Hkv, N, D] and [B, Hkv, N, D], of one type.
+        q, k, v: [B, H, M, D], [B, Hkv, N, D] and [B, Hkv, N, Dv], of one type; Dv is D but for our kernel.
         ours: whether it is our kernel (`is_ours`).
         causal: row m sees the keys up to m.
         mask: [B, H, M, N], added to the scores, fp32 or of the operands' type.
         allowed: bool, as `mask`: the keys that a row sees.
+        cap, dropout: see `native.Score`; of our kernel only.
         dead: where there may be rows whose every score is -inf, what they are; their lse is -inf then.
     """
     q, k, v = map(unit_stride, (q, k, v))
     if ours:
-        B, H, M, D = q.shape
-        out = torch.empty_permuted((B, H, M, D), (0, 2, 1, 3), dtype=q.dtype)
+        B, H, M, _ = q.shape
+        out = torch.empty_permuted((B, H, M, v.shape[3]), (0, 2, 1, 3), dtype=q.dtype)
         lse = torch.empty((B, H, M), dtype=torch.float32)
-        score, keys = _score(scale, mask, allowed), _seen(k, causal=causal)
+        score, keys = _score(scale, mask, allowed, cap, dropout), _seen(k, causal=causal)
         native.forward(q, k, v, out, lse, score, keys, 0.0 if dead is None else dead)
         return out, lse
     mask = _together(mask, allowed, q)
@@ -130,22 +133,32 @@ def backward(
     causal: bool = False,
     mask: Tensor | None = None,
     allowed: Tensor | None = None,
+    cap: float = 0.0,
+    dropout: native.Dropout | None = None,
+    dlse: Tensor | None = None,
+    dscores: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight."""
+    """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight.
+
+    Args:
+        dlse, dscores: see `native.backward`; of our kernel only.
+    """
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
     if ours:
         dq, dk, dv = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (q, k, v))
-        score = _score(scale, mask, allowed)
-        native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, _seen(k, causal=causal))
+        score, keys = _score(scale, mask, allowed, cap, dropout), _seen(k, causal=causal)
+        native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, keys, dlse=dlse, dscores=dscores)
         return dq, dk, dv
     mask = _together(mask, allowed, q)
     dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)
     return dq, dk, dv
 
 
-def _score(scale: float, mask: Tensor | None, allowed: Tensor | None) -> native.Score:
+def _score(
+    scale: float, mask: Tensor | None, allowed: Tensor | None, cap: float, dropout: native.Dropout | None
+) -> native.Score:
     bias, some = (None if x is None else native.Cells.of(x) for x in (mask, allowed))
-    return native.Score(scale, bias=bias, mask=some)
+    return native.Score(scale, cap, bias, some, dropout)
 
 
 def _together(mask: Tensor | None, allowed: Tensor | None, q: Tensor) -> Tensor | None:

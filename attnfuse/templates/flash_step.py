@@ -1,4 +1,6 @@
-"""The inner step for `s*scale + bias` without dropout: a flash kernel, which takes grouped heads as they are (`flash_kernel`).
+"""The inner step that calls a flash kernel, which takes grouped heads as they are, for blocks of rows (`flash_kernel`).
+
+The library's computes `s*scale + bias` without dropout, ours softcapped scores and dropout too, and gradients of biases.
 
 A segment whose rows all start at one key is a rectangle, a causal square, or one beside the other, merged by their
 log-sum-exps: no mask is needed.  Other rows go block by block under a small additive mask, blocks that are alike together
@@ -12,19 +14,19 @@ from collections import OrderedDict
 from collections.abc import Callable, Hashable, Iterator, Sequence
 from functools import lru_cache, reduce
 from threading import Lock
-from typing import Final, NamedTuple
+from typing import Final, NamedTuple, TypedDict
 
 import torch
 from torch import Tensor
 
 from attnfuse.score import loads
 from attnfuse.spec import Shape, parse_spec
-from attnfuse.templates import diagonals, flash_kernel
-from attnfuse.templates.affine import affine, constant, where_allowed
+from attnfuse.templates import diagonals, flash_kernel, native
+from attnfuse.templates.affine import numbers, where_allowed
 from attnfuse.templates.bands import Band
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.cover import Run, Segment, columns_of
-from attnfuse.templates.evaluate import Evaluator, named_sizes, varies
+from attnfuse.templates.evaluate import Block, Evaluator, named_sizes, varies
 from attnfuse.templates.flash_kernel import unit_stride
 from attnfuse.templates.keys import Keys
 from attnfuse.templates.plain_step import Rows
@@ -53,10 +55,12 @@ class Plan(NamedTuple):
     """The score as the kernel takes it.
 
     Args:
+        scale, cap: see `affine.Numbers`.
         copied: whether the bias is read along diagonals, of which there is a copy for each row of a block.
     """
 
     scale: float
+    cap: float
     bias: Evaluator | None
     bias_by_row: bool = False
     copied: bool = False
@@ -68,17 +72,18 @@ class Plan(NamedTuple):
 
 
 @lru_cache(maxsize=1024)
-def plan_at(text: str, shape: Shape, sizes: tuple[int, ...]) -> Plan | None:
-    """The score of calls of these sizes, whatever their types are, if the kernel computes it."""
+def plan_at(text: str, shape: Shape, sizes: tuple[int, ...], *, ours: bool = False) -> Plan | None:
+    """The score of calls of these sizes, whatever their types are, if the library's kernel, or ours, computes it."""
     spec = parse_spec(text)
-    form = affine(where_allowed(spec.program))
-    scale = None if form is None else constant(form.scale, named_sizes(shape, sizes))
-    if form is None or scale is None or spec.dropout or not shape.D == shape.Dv > 0:
+    found = numbers(where_allowed(spec.program), named_sizes(shape, sizes))
+    if found is None or shape.D == 0:
         return None
-    if form.bias is None:
-        return Plan(scale, None)
-    copied = any(diagonals.along(load) is not None for load in loads(form.bias))
-    return Plan(scale, Evaluator(spec, [form.bias]), "m" in varies(form.bias), copied)
+    if not ours and (found.cap or spec.dropout or shape.D != shape.Dv):
+        return None
+    if found.bias is None:
+        return Plan(found.scale, found.cap, None)
+    copied = any(diagonals.along(load) is not None for load in loads(found.bias))
+    return Plan(found.scale, found.cap, Evaluator(spec, [found.bias]), "m" in varies(found.bias), copied)
 
 
 def fits(inputs: Inputs) -> bool:
@@ -86,22 +91,29 @@ def fits(inputs: Inputs) -> bool:
     return inputs.q.dtype == inputs.v.dtype and (inputs.shape.H == inputs.shape.Hkv or flash_kernel.takes_groups())
 
 
-def plan_for(inputs: Inputs) -> Plan | None:
-    """The score of a call that the kernel computes, else None."""
-    return plan_at(inputs.text, inputs.shape, inputs.sizes) if fits(inputs) else None
+def plan_for(inputs: Inputs, *, backward: bool = False) -> Plan | None:
+    """The score of a call, or its backward, that the kernel computes, else None."""
+    ours = flash_kernel.is_ours(inputs, backward=backward)
+    return plan_at(inputs.text, inputs.shape, inputs.sizes, ours=ours) if fits(inputs) else None
 
 
 def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
-    """Whether the kernel's backward gives the wanted gradients of a segment: it has none of lse and of its mask.
+    """Whether the kernel's backward gives the wanted gradients of a segment: the library's has none of lse and of its mask.
 
     It takes weights as exp(score - lse).  Where a bias makes lse large, they lose digits: all of them in a row whose keys all
     have -1e9 added.
     """
-    if grads.dlse is not None or grads.from_body:
+    work = grads.work
+    plan = plan_for(work.inputs, backward=True)
+    if plan is None:
         return False
-    plan = plan_for(grads.work.inputs)
-    if plan is None or plan.bias is None:
-        return plan is not None
+    if flash_kernel.is_ours(work.inputs, backward=True):
+        if grads.dlse is not None and work.sink is not None:
+            return False
+    elif grads.dlse is not None or grads.from_body:
+        return False
+    if plan.bias is None:
+        return True
     # a row without a key that a fill of `min` makes uniform is not the kernel's, but lse alone does not tell it from others
     return flash_kernel.has_digits(grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1], grads.out)
 
@@ -179,7 +191,7 @@ def _groups(work: Work, run: Run, segment: Segment, plan: Plan, height: int) -> 
         keys = Keys([(n0, n1)], [(n0, n1)] * run.holes)
         yield _masked(work, run, plan, rows, keys, causal=causal, edge=False, may_be_empty=False)
         return
-    if plan.bias is not None or run.holes or not work.mask.from_sizes:
+    if plan.bias is not None or work.dropout or run.holes or not work.mask.from_sizes:
         yield from _blocks(work, run, segment, plan, height)
         return
     key = (work.inputs.text, work.shape, work.inputs.sizes, work.dtype, run[:7], rows, height)
@@ -395,7 +407,8 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     def forward_of_band(band: Band, b: int) -> None:
         q = band.rows_of(inputs.q[b, h0:h1]).to(all_k.dtype)
         k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
-        values, sums = flash_kernel.forward(q, k, v, plan.scale, ours=ours, mask=_for_blocks(band))
+        mask = _for_blocks(band)
+        values, sums = flash_kernel.forward(q, k, v, plan.scale, ours=ours, mask=mask, cap=plan.cap)
         band.rows_of(out[b, h0:h1]).copy_(values)
         band.rows_of(lse[b, h0:h1]).copy_(sums)
 
@@ -406,19 +419,37 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
             continue
         q = inputs.q[b0:b1, h0:h1, m0:m1].to(all_k.dtype)
         results = []
-        for keys, causal, mask, allowed in parts:
-            k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
+        for part in parts:
+            k, v = (part.keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
             dead = math.nan if may_be_dead else None
-            results.append(
-                flash_kernel.forward(
-                    q, k, v, plan.scale, ours=ours, causal=causal, mask=mask, allowed=allowed, dead=dead
-                )
-            )
+            given = _arguments(work, run, (m0, m1), plan, part)
+            results.append(flash_kernel.forward(q, k, v, plan.scale, ours=ours, dead=dead, **given))
         values, sums = results[0] if len(results) == 1 else _merged(*results)
         out[b0:b1, h0:h1, m0:m1] = values
         lse[b0:b1, h0:h1, m0:m1] = sums
         if empty is not None:
             yield Rows((b0, b1), (h0, h1), (m0, m1), empty)
+
+
+class _Arguments(TypedDict):
+    """Of a call of a kernel, as `flash_kernel.forward` has them."""
+
+    causal: bool
+    mask: Tensor | None
+    allowed: Tensor | None
+    cap: float
+    dropout: native.Dropout | None
+
+
+def _arguments(work: Work, run: Run, rows: tuple[int, int], plan: Plan, part: _Part) -> _Arguments:
+    dropped = None
+    if work.dropout:
+        dropped = native.Dropout(work.dropout, *work.hashes(_block(work, run, rows, part)))
+    return _Arguments(causal=part.causal, mask=part.mask, allowed=part.allowed, cap=plan.cap, dropout=dropped)
+
+
+def _block(work: Work, run: Run, rows: tuple[int, int], part: _Part) -> Block:
+    return work.block((run.b0, run.b1), (run.h0, run.h1), rows, part.keys.hull, part.keys.indices)
 
 
 def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
@@ -429,8 +460,13 @@ def _merged(a: tuple[Tensor, Tensor], b: tuple[Tensor, Tensor]) -> tuple[Tensor,
 
 def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterator[Rows]:
     """Adds what the rows of a segment give to the gradients; yields those that turn out to have no key."""
+    for part in grads.parts(run):
+        yield from _backward(work, part, segment, grads)
+
+
+def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterator[Rows]:
     inputs = work.inputs
-    plan = plan_for(inputs)
+    plan = plan_for(inputs, backward=True)
     assert plan is not None
     b0, b1, h0, h1, kv0, kv1 = _axes(work, run)
     all_k, all_v = _keys_and_values(work, backward=True)
@@ -441,7 +477,11 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
         dout, q, out, lse = map(band.rows_of, of_rows)
         k, v = (band.keys_of(unit_stride(x[b, kv0:kv1])) for x in (all_k, all_v))
         dout, q, out = (x.to(all_k.dtype) for x in (dout, q, out))
-        dq, dk, dv = flash_kernel.backward(dout, q, k, v, out, lse, plan.scale, ours=ours, mask=_for_blocks(band))
+        mask = _for_blocks(band)
+        dlse = None if grads.dlse is None else band.rows_of(grads.dlse[b, h0:h1])
+        dq, dk, dv = flash_kernel.backward(
+            dout, q, k, v, out, lse, plan.scale, ours=ours, mask=mask, cap=plan.cap, dlse=dlse
+        )
         if grads.dk is not None:
             band.add(grads.dk[b, kv0:kv1], dk)
         if grads.dv is not None:
@@ -461,16 +501,20 @@ def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterat
             out, lse = out.masked_fill(empty[..., None], 0.0), lse.masked_fill(empty, torch.inf)
         q, dout, out = (x.to(all_k.dtype) for x in (q, dout, out))
         dqs: list[Tensor] = []
-        for keys, causal, mask, allowed in parts:
-            k, v = (keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
+        dlse = None if grads.dlse is None else grads.dlse[b0:b1, h0:h1, m0:m1]
+        for part in parts:
+            k, v = (part.keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
+            given, dscores = _arguments(work, run, (m0, m1), plan, part), grads.of_scores(q, k)
             dq, dk, dv = flash_kernel.backward(
-                dout, q, k, v, out, lse, plan.scale, ours=ours, causal=causal, mask=mask, allowed=allowed
+                dout, q, k, v, out, lse, plan.scale, ours=ours, dlse=dlse, dscores=dscores, **given
             )
             dqs.append(dq)
             if grads.dk is not None:
-                keys.add(grads.dk[b0:b1, kv0:kv1], dk)
+                part.keys.add(grads.dk[b0:b1, kv0:kv1], dk)
             if grads.dv is not None:
-                keys.add(grads.dv[b0:b1, kv0:kv1], dv)
+                part.keys.add(grads.dv[b0:b1, kv0:kv1], dv)
+            if dscores is not None:
+                grads.add_of_scores(_block(work, run, (m0, m1), part), dscores)
         if grads.dq is not None:
             grads.dq[b0:b1, h0:h1, m0:m1] = dqs[0] if len(dqs) == 1 else sum(dq.to(work.dtype) for dq in dqs)
         if empty is not None:

@@ -20,18 +20,21 @@ from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
 
 
-def most_scores(target: Target) -> int:
+def most_scores(shape: Shape, target: Target) -> int:
     """Up to how many scores a head attentions are written out, those of `inline_scores` being for PyTorch's kernels.
 
     Ours are faster from less on: of 8 x 8 heads of 64 rows (D 64, 2 cores of an AMD EPYC) a call of SDPA takes 0.36 ms in float32
-    and 0.30 in bfloat16, written out 0.54 and 0.46; of 32 rows both take as long.  A model's own products in bfloat16, which round
-    the scores, are another matter: of 197 rows 2.4 ms by our kernel and 2.1 written out, of 256 rows 3.2 and 3.5.
+    and 0.30 in bfloat16, written out 0.54 and 0.46; of 32 rows both take as long.  Where there are many heads, the call itself
+    costs less than the scores' way through memory: 64 x 4 windows of 7 x 7 take 1.37 ms and 1.44 written out, in training 4.5 and
+    3.9.  A model's own products in bfloat16, which round the scores, are another matter: of 197 rows 2.4 ms by our kernel and 2.1
+    written out, of 256 rows 3.2 and 3.5.
     """
     if not target.native:
         return target.inline_scores
     if target.dtype == "bf16" and target.rounded:
         return 4 * target.inline_scores
-    return target.inline_scores // 4
+    many = shape.B * shape.H * shape.M * shape.N > 16 * target.inline_scores
+    return target.inline_scores // (16 if many and not target.training else 4)
 
 
 class Inline:
@@ -42,8 +45,9 @@ class Inline:
     def reasons_against(self, spec: AttentionSpec, shape: Shape, target: Target) -> tuple[str, ...]:
         """More scores than `most_scores`, sinks, other devices than the CPU."""
         reasons = []
-        if shape.M * shape.N > most_scores(target):
-            reasons.append(f"{shape.M * shape.N} scores a head, written out up to {most_scores(target)}")
+        most = most_scores(shape, target)
+        if shape.M * shape.N > most:
+            reasons.append(f"{shape.M * shape.N} scores a head, written out up to {most}")
         if target.device != "cpu":
             reasons.append(f"device {target.device}, written out on cpu")
         if target.lse:

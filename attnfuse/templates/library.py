@@ -62,9 +62,9 @@ class Library:
         if target.device == "cpu":
             if target.native:
                 reasons.append(f"{target.dtype} on this cpu, attnfuse's kernel is faster")
-            if shape.M * shape.N <= most_scores(target) and target.training:
-                scores = shape.M * shape.N
-                reasons.append(f"{scores} scores a head in training on cpu, written out up to {most_scores(target)}")
+            scores, most = shape.M * shape.N, most_scores(shape, target)
+            if scores <= most and target.training:
+                reasons.append(f"{scores} scores a head in training on cpu, written out up to {most}")
             if spec.dropout:
                 reasons.append(f"dropout {spec.dropout} on cpu, its flash kernel takes 0")
             if shape.D != shape.Dv:

@@ -1,7 +1,8 @@
 """attnfuse's own flash kernels for processors with AVX-512, `cpp`: built once a machine, through Inductor's cache.
 
-They serve `s*scale + bias`, softcapped or not, where each row sees the keys from one to another.  PyTorch's kernel for the CPU,
-which serves the rest, multiplies with half of the processor's vectors in some types (`is_faster_in`).
+They serve `s*scale + bias`, softcapped or not, with dropout or without, where each row sees the keys from one to another, all of
+them or those that a mask allows.  PyTorch's kernel for the CPU, which serves the rest, multiplies with half of the processor's
+vectors in some types (`is_faster_in`).
 """
 
 from __future__ import annotations
@@ -18,6 +19,8 @@ from typing import Any, Final, NamedTuple
 import torch
 from torch import Tensor
 
+from attnfuse.templates.dropout import threshold
+
 log = logging.getLogger(__name__)
 
 _SOURCES: Final = Path(__file__).parent / "cpp"
@@ -26,9 +29,9 @@ _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f
 _PRODUCTS: Final = 1 << 22
 # To pack keys and values costs more in float32 than fewer rows gain: with 2,048 of 4 x 16 heads 1 row takes 2.1 times, 32 rows 1.05
 # times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core).
-_FEWEST_ROWS: Final = 64
+_FEWEST_ROWS: Final = 48
 # `Call` of `common.h`
-_CALL: Final = struct.Struct("15P52q3d")
+_CALL: Final = struct.Struct("18P53q4d")
 
 
 class Keys(NamedTuple):
@@ -67,6 +70,20 @@ class Cells(NamedTuple):
         return cls(x, (b, h, m, n))
 
 
+class Dropout(NamedTuple):
+    """Weights that are zeros instead, those that are kept 1 / (1 - p) times as great.
+
+    Args:
+        p: the share of them, more than 0 and less than 1.
+        rows: the hashes of the rows (`dropout.rows`), contiguous int32 [2, B, H, M].
+        keys: those of the keys, contiguous int32 [2, N].
+    """
+
+    p: float
+    rows: Tensor
+    keys: Tensor
+
+
 class Score(NamedTuple):
     """`s*scale + bias`, or, with a cap that is not 0, `cap*tanh(s*scale / cap) + bias`; of keys that a mask does not allow -inf."""
 
@@ -74,6 +91,7 @@ class Score(NamedTuple):
     cap: float = 0.0
     bias: Cells | None = None
     mask: Cells | None = None
+    dropout: Dropout | None = None
 
 
 @cache
@@ -136,9 +154,17 @@ def is_faster_in(dtype: torch.dtype) -> bool:
     return needed is None or not has(needed)
 
 
+def suits(dtype: torch.dtype, rows: int) -> bool:
+    """Whether operands of that type should go to the forward kernel, where so many rows read the keys of a KV head.
+
+    It may turn out that it cannot be built, which is not tried for the answer.
+    """
+    return (rows >= _FEWEST_ROWS or dtype != torch.float32) and is_faster_in(dtype)
+
+
 def serves(dtype: torch.dtype, rows: int) -> bool:
-    """Whether operands of that type go to the forward kernel, where so many rows read the keys of a KV head."""
-    return (rows >= _FEWEST_ROWS or dtype != torch.float32) and _is_built(dtype)
+    """Whether they go there."""
+    return suits(dtype, rows) and _is_built(dtype)
 
 
 @cache
@@ -203,6 +229,7 @@ def backward(
     keys: Keys,
     *,
     dlse: Tensor | None = None,
+    dscores: Tensor | None = None,
     adds: bool = False,
 ) -> None:
     """Writes the gradients of q, k and v that are wanted; a row whose lse is +inf gives none.
@@ -214,9 +241,11 @@ def backward(
         dk: [B, Hkv, N, D], of q's type.
         dv: [B, Hkv, N, Dv], of q's type.
         dlse: [B, H, M], fp32, the gradient of lse.
+        dscores: contiguous fp32 [B, H, M, N], written too: the gradient of a bias of each cell, 0 for keys that a row does not see.
         adds: dk and dv are fp32, and added to.
     """
-    call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=(dq, dk, dv), adds=adds)
+    grads = dq, dk, dv, dscores
+    call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=grads, adds=adds)
     call.run("backward")
 
 
@@ -252,7 +281,7 @@ class _Call:
         dead: float = math.nan,
         dout: Tensor | None = None,
         dlse: Tensor | None = None,
-        grads: tuple[Tensor | None, Tensor | None, Tensor | None] = (None, None, None),
+        grads: tuple[Tensor | None, ...] = (None,) * 4,
         adds: bool = False,
     ) -> None:
         B, H, M, D = q.shape
@@ -260,19 +289,20 @@ class _Call:
         self._type = _TYPES[q.dtype]
         products = B * H * M * N * (D + v.shape[3])
         self._threads = max(1, min(torch.get_num_threads(), products // _PRODUCTS))
-        scale, cap, bias, mask = score
+        scale, cap, bias, mask, dropout = score
+        p, hashes = (0.0, (None, None)) if dropout is None else (dropout.p, dropout[1:])
         ends = (0, 0) if keys.rows is None else (keys.rows[0].data_ptr(), keys.rows[1].data_ptr())
         self._before = (
             *(q.data_ptr(), k.data_ptr(), v.data_ptr(), _address_of(bias), *ends),
-            *(_address_of(mask), out.data_ptr(), lse.data_ptr()),
+            *(_address_of(mask), *map(_address, hashes), out.data_ptr(), lse.data_ptr()),
         )
         self._between = (
             *(_address(dout), _address(dlse), *map(_address, grads), B, H, Hkv, M, N, D, v.shape[3]),
             *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2]),
             *(*_strides_of(bias), bias is not None and bias.x.dtype == torch.float32, *_strides_of(mask)),
-            *(*_strides(dout), *_strides(dlse), *(step for x in grads for step in _strides(x)), adds, *keys[:4]),
+            *(*_strides(dout), *_strides(dlse), *(step for x in grads[:3] for step in _strides(x)), adds, *keys[:4]),
         )
-        self._after = (scale, cap, dead)
+        self._after = (threshold(p), scale, cap, dead, 1 / (1 - p))
 
     def run(self, name: str) -> None:
         """Calls a kernel."""

@@ -1,11 +1,12 @@
 """The inner step that is a call of our own kernels (`native`): rows that see the keys from one number to another.
 
-The score is `s*scale + bias` or `cap*tanh(s*scale) + bias`, without dropout.  A bias that is a leaf, read by indices or along
-diagonals, is read where it is; another one is computed for some rows at a time.
+The score is `s*scale + bias` or `cap*tanh(s*scale) + bias`.  A bias that is a leaf, read by indices or along diagonals, is read
+where it is; another one is computed for some rows at a time, as the gradient of every bias is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import lru_cache
@@ -17,7 +18,7 @@ from torch import Tensor
 from attnfuse.score import Expr, Load
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import diagonals, native
-from attnfuse.templates.affine import Capped, affine, as_load, capped, constant, where_allowed
+from attnfuse.templates.affine import affine, as_load, capped, constant, numbers, where_allowed
 from attnfuse.templates.base import Inputs
 from attnfuse.templates.cover import Run, Segment
 from attnfuse.templates.evaluate import Evaluator, axes_of, named_sizes, varies
@@ -52,36 +53,28 @@ class _Plan(NamedTuple):
 @lru_cache(maxsize=1024)
 def _plan(text: str, shape: Shape, sizes: tuple[int, ...]) -> _Plan | None:
     spec = parse_spec(text)
-    body = where_allowed(spec.program)
-    form = affine(body) or capped(body)
-    if form is None or spec.dropout or shape.D == 0:
-        return None
     named = named_sizes(shape, sizes)
-    scale, cap = constant(form.scale, named), 0.0
-    if isinstance(form, Capped):
-        found = constant(form.cap, named)
-        if scale is None or not found:
-            return None
-        scale, cap = scale * found, found
-    if scale is None:
+    found = numbers(where_allowed(spec.program), named)
+    if found is None or shape.D == 0:
         return None
-    if form.bias is None:
+    scale, cap, bias = found
+    if bias is None:
         return _Plan(scale, cap, None)
-    evaluator = Evaluator(spec, [form.bias])
-    load = as_load(spec, form.bias)
+    evaluator = Evaluator(spec, [bias])
+    load = as_load(spec, bias)
     if load is not None:
         leaf = [leaf.name for leaf in spec.leaves].index(load.leaf)
         along = diagonals.along(load)
         offset = None if along is None else constant(along.offset, named)
         if axes_of(load) is not None or offset is not None:
-            return _Plan(scale, cap, form.bias, evaluator, load, leaf, int(offset or 0))
-    return _Plan(scale, cap, form.bias, evaluator)
+            return _Plan(scale, cap, bias, evaluator, load, leaf, int(offset or 0))
+    return _Plan(scale, cap, bias, evaluator)
 
 
 def takes(spec: AttentionSpec) -> bool:
     """Whether the kernels compute the score of a spec, where each row sees whole intervals of keys."""
     body = where_allowed(spec.program)
-    return not spec.dropout and (affine(body) or capped(body)) is not None
+    return (affine(body) or capped(body)) is not None
 
 
 def _plan_for(inputs: Inputs) -> _Plan | None:
@@ -100,12 +93,11 @@ def serves(work: Work, run: Run, segment: Segment) -> bool:
 def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     """Whether the kernel gives the wanted gradients of a segment.
 
-    Not those of a bias, nor from that of lse beside a sink, which is none of its keys, nor where a bias leaves lse too few digits.
+    Not from that of lse beside a sink, which is none of its keys, nor where a bias leaves lse too few digits.
     """
     work = grads.work
     if (
-        grads.from_body
-        or (grads.dlse is not None and work.sink is not None)
+        (grads.dlse is not None and work.sink is not None)
         or not native.differentiates(work.inputs.q.dtype)
         or not serves(work, run, segment)
     ):
@@ -124,7 +116,7 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
     k, v = (unit_stride(x[_keys_of(work, run)]) for x in (inputs.k, inputs.v))
     for m0, m1, bias in _biases(work, run, segment, plan):
         rows = slice(run.b0, run.b1), slice(run.h0, run.h1), slice(m0, m1)
-        q, score = unit_stride(inputs.q[rows]), native.Score(plan.scale, plan.cap, bias)
+        q, score = unit_stride(inputs.q[rows]), _score(work, run, (m0, m1), plan, bias)
         with _dense(out[rows]) as values:
             native.forward(q, k, v, values, lse[rows], score, _keys(run, segment, m0, m1))
     yield from _empty(run, segment)
@@ -132,25 +124,42 @@ def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) ->
 
 def backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Iterator[Rows]:
     """Adds what the rows of a segment give to the gradients; yields those that have no key."""
+    for part in grads.parts(run):
+        _backward(work, part, segment, grads)
+    yield from _empty(run, segment)
+
+
+def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> None:
     inputs = work.inputs
     plan = _plan_for(inputs)
     assert plan is not None
     some = _keys_of(work, run)
     k, v = (unit_stride(x[some]) for x in (inputs.k, inputs.v))
     dk, dv = (None if x is None else x[some] for x in (grads.dk, grads.dv))
-    for m0, m1, bias in _biases(work, run, segment, plan):
+    for m0, m1, bias in _biases(work, run, segment, plan, grads.most_rows(run)):
         rows = slice(run.b0, run.b1), slice(run.h0, run.h1), slice(m0, m1)
         dout, q, out = (unit_stride(x[rows]) for x in (grads.dout, inputs.q, grads.out))
         lse, dlse = unit_stride(grads.row_lse[rows]), None if grads.dlse is None else grads.dlse[rows]
-        score, keys = native.Score(plan.scale, plan.cap, bias), _keys(run, segment, m0, m1)
+        score, keys = _score(work, run, (m0, m1), plan, bias), _keys(run, segment, m0, m1)
+        dscores = grads.of_scores(q, k)
         with _dense(None if grads.dq is None else grads.dq[rows]) as dq:
-            native.backward(dout, q, k, v, out, lse, dq, dk, dv, score, keys, dlse=dlse, adds=True)
-    yield from _empty(run, segment)
+            native.backward(dout, q, k, v, out, lse, dq, dk, dv, score, keys, dlse=dlse, dscores=dscores, adds=True)
+        if dscores is not None:
+            grads.add_of_scores(work.block((run.b0, run.b1), (run.h0, run.h1), (m0, m1), (run.lo, run.hi)), dscores)
 
 
 def _keys_of(work: Work, run: Run) -> tuple[slice, slice, slice]:
     """The batches, KV heads and keys of a run."""
     return slice(run.b0, run.b1), slice(run.h0 // work.group, run.h1 // work.group), slice(run.lo, run.hi)
+
+
+def _score(work: Work, run: Run, rows: tuple[int, int], plan: _Plan, bias: native.Cells | None) -> native.Score:
+    """What becomes of the products of some rows of a run."""
+    dropped = None
+    if work.dropout:
+        block = work.block((run.b0, run.b1), (run.h0, run.h1), rows, (run.lo, run.hi))
+        dropped = native.Dropout(work.dropout, *work.hashes(block))
+    return native.Score(plan.scale, plan.cap, bias, dropout=dropped)
 
 
 def _empty(run: Run, segment: Segment) -> Iterator[Rows]:
@@ -189,38 +198,34 @@ def _keys(run: Run, segment: Segment, m0: int, m1: int) -> native.Keys:
     return native.Keys(segment.first + down * rows - run.lo, segment.last + right * rows - run.lo, down, right)
 
 
-def _biases(work: Work, run: Run, segment: Segment, plan: _Plan) -> Iterator[tuple[int, int, native.Cells | None]]:
-    """The rows of a segment in parts, with the bias of each for the keys of the run."""
-    m0, m1 = segment.m0, segment.m1
-    if plan.bias is None:
-        yield m0, m1, None
-        return
-    whole = _where_it_is(work, run, segment, plan)
-    if whole is not None:
-        yield m0, m1, whole
-        return
+def _biases(
+    work: Work, run: Run, segment: Segment, plan: _Plan, most: int | None = None
+) -> Iterator[tuple[int, int, native.Cells | None]]:
+    """The rows of a segment in parts, of up to `most` rows, with the bias of each for the keys of the run."""
     batches, heads, keys = (run.b0, run.b1), (run.h0, run.h1), (run.lo, run.hi)
-    axes = varies(plan.bias)
-    cells = keys[1] - keys[0]
-    for axis, (first, last) in (("b", batches), ("h", heads)):
-        cells *= last - first if axis in axes else 1
-    height = m1 - m0
-    if "m" in axes:
-        height = max(_FEWEST_ROWS, BLOCK_CELLS // max(cells, 1))
-    assert plan.evaluator is not None
-    for first in range(m0, m1, height):
-        last = min(first + height, m1)
+    axes = set() if plan.bias is None else varies(plan.bias)
+    computed = plan.bias is not None and _where_it_is(work, run, (segment.m0, segment.m1), plan) is None
+    height = segment.m1 - segment.m0 if most is None else most
+    if computed and "m" in axes:
+        of_axes = (last - first if axis in axes else 1 for axis, (first, last) in (("b", batches), ("h", heads)))
+        height = min(height, max(_FEWEST_ROWS, BLOCK_CELLS // max(1, math.prod((*of_axes, keys[1] - keys[0])))))
+    for first in range(segment.m0, segment.m1, height):
+        last = min(first + height, segment.m1)
+        if not computed:
+            yield first, last, _where_it_is(work, run, (first, last), plan)
+            continue
+        assert plan.evaluator is not None
         asked = (first, last) if "m" in axes else (first, first + 1)
         value = tensor_of(plan.evaluator(work.block(batches, heads, asked, keys))[0], torch.float32)
         yield first, last, native.Cells.of(value)
 
 
-def _where_it_is(work: Work, run: Run, segment: Segment, plan: _Plan) -> native.Cells | None:
-    """A bias that is a leaf as it is in memory."""
+def _where_it_is(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> native.Cells | None:
+    """A bias that is a leaf as it is in memory, of some rows."""
     if plan.load is None or work.reordered:
         return None
     x = work.inputs.leaves[plan.leaf]
-    ranges = (run.b0, run.b1), (run.h0, run.h1), (segment.m0, segment.m1), (run.lo, run.hi)
+    ranges = (run.b0, run.b1), (run.h0, run.h1), rows, (run.lo, run.hi)
     strides = [0, 0, 0, 0]
     offset = 0
     along = diagonals.along(plan.load)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 from typing import Final, Literal
@@ -12,13 +13,16 @@ from torch import Tensor
 from attnfuse.score import Expr, Load, S, derivative, loads
 from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates import diagonals, dropout, tables
-from attnfuse.templates.affine import constant, where_allowed
+from attnfuse.templates.affine import affine, capped, constant, where_allowed
 from attnfuse.templates.base import Cotangents, Inputs
-from attnfuse.templates.cover import Mask, block_of, mask_of
+from attnfuse.templates.cover import Mask, Run, block_of, mask_of
 from attnfuse.templates.evaluate import Block, Copies, Evaluator, Value, axes_of, clamped, named_sizes
 
 # Scores of a block: what keeps it and its temporaries in the caches of one or two cores.
 BLOCK_CELLS: Final = 1 << 20
+# Cells whose gradients leave a kernel at a time, to be added to those of leaves, and rows of them at least.
+GRADIENT_CELLS: Final = 1 << 22
+GRADIENT_ROWS: Final = 192
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,7 +50,7 @@ def meaning_of(text: str) -> Meaning:
 
 @dataclass(frozen=True, slots=True)
 class Slopes:
-    """Derivatives of one expression of a spec: values come as [expression, d/ds, d/dload of each load of `loads`]."""
+    """Derivatives of one expression of a spec: values come as [expression, d/ds, d/dload of each load of `loads`], or less."""
 
     loads: tuple[Load, ...]
     values: Evaluator
@@ -65,6 +69,19 @@ def slopes_of(text: str, wanted: frozenset[str], of: Literal["body", "allowed", 
     by: list[Expr] = [S, *found]
     exprs = [expr, *(derivative(expr, x) for x in by)]
     return Slopes(found, Evaluator(spec, exprs), tuple(Evaluator(spec, load.indices) for load in found))
+
+
+@lru_cache(maxsize=1024)
+def bias_slopes_of(text: str, wanted: frozenset[str]) -> Slopes:
+    """The derivatives of the bias of `s*scale + bias` or `cap*tanh(s*scale) + bias` by every load of the leaves `wanted`, alone."""
+    spec = parse_spec(text)
+    body = where_allowed(spec.program)
+    form = affine(body) or capped(body)
+    assert form is not None
+    bias = form.bias
+    found = () if bias is None else tuple(load for load in loads(bias) if load.leaf in wanted)
+    by_load = [] if bias is None else [derivative(bias, load) for load in found]
+    return Slopes(found, Evaluator(spec, by_load), tuple(Evaluator(spec, load.indices) for load in found))
 
 
 # Masks of blocks that indices alone decide are kept up to this many cells each.
@@ -138,12 +155,19 @@ class Work:
             return _index_mask(self.inputs.text, self.shape, self.inputs.sizes, h, m, n)
         return self.mask.allowed(self.block(b, h, m, n), edge=True, holes=holes)
 
-    def dropped(self, block: Block) -> Tensor:
-        """The cells of a block that dropout drops."""
+    def _hashes(self, block: Block) -> tuple[tuple[Tensor, Tensor], tuple[Tensor, Tensor]]:
         seed = self.inputs.seed
         assert seed is not None
-        rows = dropout.rows(seed, *(block.index(dim) for dim in range(3)))
-        return dropout.dropped(rows, dropout.keys(seed, block.index(3)), self.dropout)
+        return dropout.rows(seed, *(block.index(dim) for dim in range(3))), dropout.keys(seed, block.index(3))
+
+    def dropped(self, block: Block) -> Tensor:
+        """The cells of a block that dropout drops."""
+        return dropout.dropped(*self._hashes(block), self.dropout)
+
+    def hashes(self, block: Block) -> tuple[Tensor, Tensor]:
+        """The hashes of the rows and of the keys of a block, contiguous int32 [2, b, h, m] and [2, n]."""
+        rows, keys = self._hashes(block)
+        return torch.stack(rows)[..., 0], torch.stack(keys).flatten(1)
 
     def empty(self, size: tuple[int, int, int, int], dtype: torch.dtype) -> Tensor:
         """A tensor that is dense in the call's output order."""
@@ -277,6 +301,32 @@ class Gradients:
             if isinstance(entry, Tensor) and tables.add(self._tables[load.leaf, how], how, entry, block.ranges, grad):
                 return
         add_gradient(total, load, indices, block, grad)
+
+    def parts(self, run: Run) -> Iterable[Run]:
+        """A run for some of its batches and heads at a time, as many as the gradients of their scores may be in memory."""
+        return run.parts(self.work.group, self._most_cells(run) // GRADIENT_ROWS) if self.from_body else (run,)
+
+    def most_rows(self, run: Run) -> int | None:
+        """Rows of a run whose gradients of scores may be in memory, None where these are not wanted."""
+        if not self.from_body:
+            return None
+        return max(GRADIENT_ROWS, self._most_cells(run) // ((run.b1 - run.b0) * (run.h1 - run.h0)))
+
+    @staticmethod
+    def _most_cells(run: Run) -> int:
+        """Cells for each key of a run."""
+        return GRADIENT_CELLS // max(1, run.hi - run.lo)
+
+    def of_scores(self, q: Tensor, k: Tensor) -> Tensor | None:
+        """Memory for the gradient of each score of some rows q and keys k, where it is wanted."""
+        return torch.empty((*q.shape[:3], k.shape[2]), dtype=torch.float32) if self.from_body else None
+
+    def add_of_scores(self, block: Block, grad: Tensor) -> None:
+        """Adds the gradient of scores, of the form `f(s) + bias`, to that of the bias's leaves; [b, h, m, n], for each cell."""
+        slopes = bias_slopes_of(self.work.inputs.text, self.from_body)
+        for load, indices, slope in zip(slopes.loads, slopes.indices, slopes.values(block), strict=True):
+            one = not isinstance(slope, Tensor) and slope == 1
+            self.add(load, indices, block, grad if one else grad * slope)
 
     def finish_sink(self) -> None:
         """Adds the gradient of the sink's leaves."""

@@ -95,10 +95,13 @@ class Task {
           last_[r] = std::clamp(seen.last - n0, 0L, keys_);
           if (first_[r] < last_[r]) first = std::min(first, first_[r]), last = std::max(last, last_[r]);
         }
-        if (first < last) block(g, m0, rows, first, last);
+        if (first < last)
+          block(g, m0, rows, first, last);
+        else if (c_.dscores != nullptr)
+          for (long r = 0; r < rows; ++r) std::fill_n(dscores(g, m0 + r), keys_, 0.0f);
       }
     give(c_.dk, c_.dk_b, c_.dk_h, c_.dk_n, at_ + room_.dk, room_.width, c_.D, static_cast<float>(c_.scale));
-    give(c_.dv, c_.dv_b, c_.dv_h, c_.dv_n, at_ + room_.dv, room_.width_v, c_.Dv, 1.0f);
+    give(c_.dv, c_.dv_b, c_.dv_h, c_.dv_n, at_ + room_.dv, room_.width_v, c_.Dv, static_cast<float>(c_.kept));
   }
 
  private:
@@ -107,6 +110,9 @@ class Task {
   const T* row(const void* x, long h, long m, long of_b, long of_h, long of_m) const {
     return static_cast<const T*>(x) + b_ * of_b + h * of_h + m * of_m;
   }
+
+  // Where the gradients of a row's scores go, for the block of keys.
+  float* dscores(long g, long m) const { return c_.dscores + ((b_ * c_.H + head(g)) * c_.M + m) * c_.N + n0_; }
 
   // What rows [m0, m0 + rows) of a head give, for the columns [first, last) of the block of keys.
   void block(long g, long m0, long rows, long first, long last) {
@@ -160,17 +166,26 @@ class Task {
     float *p = at_ + room_.scores + r * BLOCK_N, *ds = at_ + room_.slopes + r * BLOCK_N;
     const float lse = c_.lse[b_ * c_.lse_b + h * c_.lse_h + m];
     const __m512 delta = _mm512_set1_ps(at_[room_.delta + g * c_.M + m]);
-    const __m512 zero = _mm512_setzero_ps();
+    const __m512 zero = _mm512_setzero_ps(), raise = _mm512_set1_ps(static_cast<float>(c_.kept));
+    const Kept kept(c_, b_, h, m);
+    float* given = c_.dscores == nullptr ? nullptr : dscores(g, m);
     auto sloped = [&](long i, __mmask16 some, __m512 exponent, __m512 factor) {
       const __m512 weight = _mm512_maskz_mov_ps(some, exp2(exponent));
-      const __m512 slope = _mm512_mul_ps(weight, _mm512_sub_ps(_mm512_loadu_ps(ds + i), delta));
-      _mm512_storeu_ps(p + i, weight);
+      const __mmask16 keeps = kept.of(n0_ + i);
+      const __m512 of_weight = _mm512_maskz_mul_ps(keeps, raise, _mm512_loadu_ps(ds + i));
+      const __m512 slope = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(of_weight, delta));
+      _mm512_storeu_ps(p + i, _mm512_maskz_mov_ps(keeps, weight));
       _mm512_storeu_ps(ds + i, _mm512_maskz_mul_ps(some, slope, factor));
+      if (given != nullptr) store(given + i, slope, lanes(keys_ - i));
     };
     auto seen = [&](long i) {
       const long skip = std::clamp(first_[r] - i, 0L, LANES);
       return static_cast<__mmask16>(lanes(last_[r] - i) & (0xffff << skip));
     };
+    if (given != nullptr) {
+      std::fill_n(given, c0, 0.0f);
+      if (c1 < keys_) std::fill_n(given + c1, keys_ - c1, 0.0f);
+    }
     const __m512 one = _mm512_set1_ps(1.0f);
     const float cap = static_cast<float>(c_.cap);
     const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
@@ -179,6 +194,7 @@ class Task {
       if (some == 0) {
         _mm512_storeu_ps(p + i, zero);
         _mm512_storeu_ps(ds + i, zero);
+        if (given != nullptr) store(given + i, zero, lanes(keys_ - i));
         continue;
       }
       // as in forward.cpp, so that what was rounded there is rounded here

@@ -30,12 +30,15 @@ struct Call {
   const int64_t *firsts, *lasts;
   // of these keys the ones that are allowed, null where all are
   const uint8_t* mask;
+  // the hashes of rows [2, B, H, M] and of keys [2, N] that tell which weights are dropped (dropout.py), null where none are
+  const int32_t *row_hashes, *key_hashes;
   void* out;
   float *lse, *scratch;
   // the backward's, null where they are not given or not wanted
   const void* dout;
   const float* dlse;
   void *dq, *dk, *dv;
+  float* dscores;  // [B, H, M, N], the gradient of what is added to each score
   int64_t B, H, Hkv, M, N, D, Dv;
   int64_t q_b, q_h, q_m, k_b, k_h, k_n, v_b, v_h, v_n, out_b, out_h, out_m, lse_b, lse_h;
   int64_t bias_b, bias_h, bias_m, bias_n, bias_is_float;
@@ -44,8 +47,9 @@ struct Call {
   int64_t adds;  // dk and dv are float, and added to
   int64_t first, last, down, right;
   int64_t scratch_floats, threads;
-  // `dead` is what a row of out is that sees keys, but no score above -inf
-  double scale, cap, dead;
+  int64_t threshold;  // where the product of its hashes is below, a weight is dropped
+  // `dead` is what a row of out is that sees keys, but no score above -inf; `kept` the factor of weights that are not dropped
+  double scale, cap, dead, kept;
 };
 
 namespace {
@@ -296,6 +300,30 @@ inline __m512 bias(const Call& c, long b, long h, long m, long n, __mmask16 some
   auto of = [&](const auto* x) { return c.bias_n == 0 ? _mm512_set1_ps(number(x)) : load(x, some); };
   return c.bias_is_float ? of(static_cast<const float*>(c.bias) + at) : of(static_cast<const T*>(c.bias) + at);
 }
+
+// Which weights of a row are kept.
+class Kept {
+ public:
+  Kept(const Call& c, long b, long h, long m) : c_(c) {
+    if (c.row_hashes == nullptr) return;
+    const int32_t* row = c.row_hashes + (b * c.H + h) * c.M + m;
+    low_ = _mm512_set1_epi32(row[0]), high_ = _mm512_set1_epi32(row[c.B * c.H * c.M]);
+  }
+
+  // Those of 16 keys from n on.
+  __mmask16 of(long n) const {
+    if (c_.row_hashes == nullptr) return 0xffff;
+    const __mmask16 some = lanes(c_.N - n);
+    const __m512i low = _mm512_maskz_loadu_epi32(some, c_.key_hashes + n);
+    const __m512i high = _mm512_maskz_loadu_epi32(some, c_.key_hashes + c_.N + n);
+    const __m512i product = _mm512_mullo_epi32(_mm512_xor_si512(low_, low), _mm512_add_epi32(high_, high));
+    return _mm512_cmpge_epi32_mask(product, _mm512_set1_epi32(static_cast<int32_t>(c_.threshold)));
+  }
+
+ private:
+  const Call& c_;
+  __m512i low_{}, high_{};
+};
 
 // Asks for the biases of row m for the keys [first, last), which come from memory while products are made.
 template <class T>

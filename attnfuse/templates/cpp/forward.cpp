@@ -137,12 +137,13 @@ class Block {
     }
     const __m512 unit = _mm512_set1_ps(unit_), base = _mm512_set1_ps(most_[r] == none() ? 0.0f : most_[r]);
     __m512 sum = _mm512_setzero_ps();
+    const Kept kept(c_, b_, h_, m0_ + r);
     clear(to, c0, head);
     for (long i = head; i < x1; i += LANES) {
       // a score can be finfo.min, of which no multiple is finite, and the rounding of a great one's more than its exponent bears
       const __m512 weight = exp2(_mm512_mul_ps(unit, _mm512_sub_ps(_mm512_loadu_ps(row + i), base)));
       sum = _mm512_add_ps(sum, weight);
-      put(to, i, weight);
+      put(to, i, _mm512_maskz_mov_ps(kept.of(n0 + i), weight));
     }
     clear(to, tail, c1);
     sum_[r] += _mm512_reduce_add_ps(sum);
@@ -178,9 +179,10 @@ class Block {
     for (long r = 0; r < rows_; ++r, to += c_.out_m) {
       const bool empty = sum_[r] == 0;
       const float dead = seen_[r].first < seen_[r].last ? static_cast<float>(c_.dead) : 0.0f;
+      const float factor = static_cast<float>(c_.kept) / sum_[r];
       for (long d = 0; d < c_.Dv; d += LANES) {
         const __m512 x = _mm512_loadu_ps(out_ + r * packed_.width + d);
-        store(to + d, empty ? _mm512_set1_ps(dead) : _mm512_mul_ps(_mm512_set1_ps(1.0f / sum_[r]), x), lanes(c_.Dv - d));
+        store(to + d, empty ? _mm512_set1_ps(dead) : _mm512_mul_ps(_mm512_set1_ps(factor), x), lanes(c_.Dv - d));
       }
       const float most = most_[r] * scale_;
       lse[r] = empty ? -INF : most == INF ? INF : most + std::log(sum_[r]);
