@@ -121,3 +121,49 @@ def test_autocast(attention: Attention, ambient: bool, dtype: torch.dtype) -> No
         assert mine.dtype == theirs.dtype
         # what autocast rounds to is the precision that the contract is about
         assert_close(mine.to(dtype), theirs.to(dtype), x, float(x.abs().max()))
+
+
+class Biased(torch.nn.Module):
+    """A learned bias and a mask of float32, one row of which allows no key."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.bias = torch.nn.Parameter(torch.randn(4, 6, 6, generator=torch.Generator().manual_seed(3)))
+
+    def forward(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        seen = torch.arange(6)[None] < torch.arange(6)[:, None]
+        mask = self.bias + torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask.to(q.dtype) if q.dtype == torch.float64 else mask)
+
+
+@pytest.mark.parametrize("ambient", [True, False], ids=["around", "within"])
+def test_autocast_rounds_a_mask_to_infinity(ambient: bool) -> None:
+    """The row that allows no key is zeros there, the mean of all values without autocast."""
+    model = Biased()
+
+    def results(call: Callable[..., Tensor], *, autocast: bool) -> tuple[Tensor, ...]:
+        q, k, v = (x.requires_grad_() for x in qkv())
+        with torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext():
+            out = call(q, k, v)
+        return out.detach().float(), *torch.autograd.grad(out.float().square().sum(), (q, k, v, model.bias))
+
+    def within(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return model(q, k, v)
+
+    reports: list[Report] = []
+    torch._dynamo.reset()
+    compiled = torch.compile(model if ambient else within, backend="attnfuse", options={"downstream": "aot_eager"})
+    with listening(reports.append):
+        actual = results(compiled, autocast=ambient)
+    assert [verdict(r) for report in reports for r in report.remarks] == [
+        "bias: f32[:, :, :]; s*0.5 + bias[h, m, n] where n < m else 0row"
+    ]
+    assert not actual[0][:, :, 0].any()
+    original = results(model, autocast=True)
+    exact = results(model, autocast=False)
+    for mine, theirs, x in zip(actual, original, exact, strict=True):
+        scale = float(x.abs().max())
+        rows = slice(1, None) if mine.dim() == 4 and mine.shape[2] == 6 else slice(None)
+        mine, theirs, x = (y.to(torch.bfloat16)[..., rows, :] for y in (mine, theirs, x))
+        assert_close(mine, theirs, x.double(), scale)

@@ -705,6 +705,28 @@ def mask_rounded_by_autocast(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@near_miss("AF024", gradients=False)
+def masked_by_a_number_that_autocast_may_round_to_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.where(causal(), 0.0, -3.395e38).to(q.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
+@near_miss("AF024", inputs=given(torch.randint(5, (6, 6))), gradients=False)
+def a_power_that_autocast_may_round_to_infinity(q: Tensor, k: Tensor, v: Tensor, ids: Tensor) -> Tensor:
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=(2.0**ids).to(q.dtype))
+
+
+@near_miss("AF024", gradients=False)
+def mask_that_is_not_rounded_where_autocast_is_off(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.where(causal(), 0.0, torch.finfo(torch.float32).min).to(q.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        q = q @ torch.eye(4, dtype=q.dtype)
+        with torch.autocast("cpu", enabled=False):
+            return F.scaled_dot_product_attention(q, k.to(q.dtype), v.to(q.dtype), attn_mask=mask)
+
+
 # Types
 
 

@@ -1127,6 +1127,13 @@ def autocast_and_sdpa(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@spelling("s*0.5 where n <= m else 0row")
+def autocast_rounds_what_masks_to_infinity(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.where(causal(6, 6), 0.0, torch.finfo(torch.float32).min).to(q.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 @spelling("s")
 def all_of_it_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():

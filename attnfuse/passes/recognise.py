@@ -38,7 +38,7 @@ from attnfuse.passes.peel import (
     valued,
 )
 from attnfuse.passes.respell import CAUTION
-from attnfuse.passes.rounding import rounded_by
+from attnfuse.passes.rounding import autocast_at, rounded_by, rounded_mask
 from attnfuse.passes.rules import as_float
 from attnfuse.passes.site import Operand, Site, Sizes, shallowest
 from attnfuse.passes.views import broadcast, cuts_gradient
@@ -472,7 +472,7 @@ def _from_sdpa(scope: Scope, node: fx.Node) -> Site:
     except Unliftable as error:
         raise Miss("AF024", node, f"the scale is {error}") from error
     body = call("mul", S, factor)
-    program = _sdpa_program(scope, body, mask, axes, args["is_causal"], fake(node).dtype)
+    program = _sdpa_program(scope, node, body, mask, axes, args["is_causal"])
     p = args["dropout_p"]
     p = p.meta.get("val") if isinstance(p, fx.Node) else p
     if not isinstance(p, float | int) or not 0 <= p < 1:
@@ -520,18 +520,21 @@ def _grouped(heads: Index, kv_heads: Size, size: Size, node: fx.Node) -> Index:
     return index_of(call("floordiv", heads[0].expr, Const(size // kv_heads)), kv_heads) if heads else ()
 
 
-def _sdpa_program(scope: Scope, body: Expr, mask: Any, axes: _Axes, causal: bool, dtype: torch.dtype) -> Program:
+def _sdpa_program(scope: Scope, node: fx.Node, body: Expr, mask: Any, axes: _Axes, causal: bool) -> Program:
     """SDPA's softmax is safe: a row in which every score is -inf gives zeros, whatever excluded its keys."""
+    dtype = fake(node).dtype
     tiers = [Tier(call("le", Var("n"), Var("m")), "0row")] if causal else []
     if mask is None:
         return Program(body, tuple(tiers))
     element = scope.lifter.lift(mask, broadcast(mask, axes.index))
     if fake(mask).dtype == torch.bool:
         return Program(body, (*tiers, *(() if element == TRUE else (Tier(element, "0row"),))))
-    if fake(mask).dtype != dtype:
-        raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
     greatest = greatest_of(scope)
-    program = program_of(call("add", body, element), dtype, greatest, fills_of(scope))
+    program = program_of(call("add", body, element), fake(mask).dtype, greatest, fills_of(scope))
+    if fake(mask).dtype != dtype:
+        if autocast_at(scope, node) != dtype:
+            raise Miss("AF024", mask, f"the mask is {fake(mask).dtype}, the operands are {dtype}")
+        program = rounded_mask(mask, element, program, dtype, greatest)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
     infinite = Tier(call("ne", element, Const(float("-inf"))), "0row")
     if loads(element) and infinite not in tiers and not most(program.body, greatest) <= torch.finfo(dtype).max:

@@ -1,4 +1,5 @@
-"""Scores that a softmax in a narrower type rounds: which of them that makes infinite, written into the program where any can be."""
+"""Scores that a softmax in a narrower type rounds, and masks that autocast rounds: which of their elements that makes infinite,
+written into the program where any can be."""
 
 from __future__ import annotations
 
@@ -8,6 +9,7 @@ from dataclasses import replace
 
 import torch
 from torch import fx
+from torch.amp import autocast_mode
 
 from attnfuse.passes.graph import SHORT_DTYPES, fake
 from attnfuse.passes.lift import Scope
@@ -15,7 +17,7 @@ from attnfuse.passes.magnitude import ORDINARY, most
 from attnfuse.passes.peel import Miss, only_finite
 from attnfuse.score import BOOLEANS, ROUNDINGS, Call, Const, Expr, Load, Program, added_loads, call, walk
 
-__all__ = ["rounded_by"]
+__all__ = ["autocast_at", "rounded_by", "rounded_mask"]
 
 
 def rounded_by(
@@ -52,6 +54,51 @@ def rounded_by(
         # what is finfo.min for a wider type is -inf for this one
         return Program(call(name, program.body), tuple(replace(tier, fill="-inf") for tier in program.tiers))
     return Program(only_finite(call(name, expr)))
+
+
+def rounded_mask(
+    mask: fx.Node, element: Expr, program: Program, dtype: torch.dtype, greatest: Callable[[Load], float]
+) -> Program:
+    """The program of scores to which autocast adds a mask in a narrower type.
+
+    Args:
+        element: of the mask, as it is added.
+        program: the scores with that element, as body and tiers.
+
+    Raises:
+        Miss: AF024 where rounding may make elements infinite that the tiers do not tell.
+    """
+    name = SHORT_DTYPES[dtype]
+    limit = ROUNDINGS.get(name, 0.0)
+    fills = {e.value for e in walk(element) if isinstance(e, Const) and e.value < -ORDINARY}
+    if not most(program.body, greatest) < limit or not all(value <= -limit for value in fills):
+        raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
+    return replace(program, tiers=tuple(replace(tier, fill="-inf") for tier in program.tiers))
+
+
+def autocast_at(scope: Scope, node: fx.Node) -> torch.dtype | None:
+    """The type to which autocast rounds the operands of a node of a scope, None where it is off."""
+    device = fake(node).device.type
+    at: fx.Node = node
+    here: Scope | None = scope
+    while here is not None:
+        regions: list[fx.Node] = []
+        for before in here.module.graph.nodes:
+            if before is at:
+                break
+            if before.target is autocast_mode._enter_autocast:
+                regions.append(before)
+            elif before.target is autocast_mode._exit_autocast:
+                regions.remove(before.args[0])
+        for region in regions[::-1]:
+            of, dtype, enabled, *_ = region.args
+            if of == device:
+                return (dtype or torch.get_autocast_dtype(device)) if enabled else None
+        if here.outer is not None:
+            # all calls of a body run in the same modes
+            at = here.calls[0]
+        here = here.outer
+    return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
 
 
 def _stays(expr: Expr, type_of: Callable[[Load], torch.dtype]) -> bool:
