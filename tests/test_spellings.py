@@ -1134,6 +1134,13 @@ def autocast_rounds_what_masks_to_infinity(q: Tensor, k: Tensor, v: Tensor) -> T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@spelling("s*0.5 where n <= m else +min")
+def autocast_leaves_the_least_number_of_its_type(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = torch.where(causal(6, 6), 0.0, torch.finfo(torch.bfloat16).min).to(q.dtype)
+    with torch.autocast("cpu", torch.bfloat16):
+        return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
+
+
 @spelling("s")
 def all_of_it_without_gradient(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     with torch.no_grad():

@@ -71,8 +71,11 @@ def rounded_mask(
     name = SHORT_DTYPES[dtype]
     limit = ROUNDINGS.get(name, 0.0)
     fills = {e.value for e in walk(element) if isinstance(e, Const) and e.value < -ORDINARY}
-    if not most(program.body, greatest) < limit or not all(value <= -limit for value in fills):
+    infinite = all(value <= -limit for value in fills)
+    if not most(program.body, greatest) < limit or not (infinite or min(fills) >= torch.finfo(dtype).min):
         raise Miss("AF024", mask, f"autocast rounds the mask to {dtype}")
+    if not infinite:
+        return program
     return replace(program, tiers=tuple(replace(tier, fill="-inf") for tier in program.tiers))
 
 
