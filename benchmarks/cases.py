@@ -13,7 +13,7 @@ import torch
 
 from benchmarks import gate, stats
 from benchmarks.machine import ROOT
-from benchmarks.models import FORWARD, Forward
+from benchmarks.models import FORWARD, TRAINED, Forward
 from benchmarks.process import Process
 from benchmarks.sparse import MASKS, Sparse
 from benchmarks.stats import Estimate, Target, Verdict
@@ -362,8 +362,11 @@ def _llama() -> Iterator[tuple[str, Case]]:
 
 def _models() -> Iterator[tuple[str, Case]]:
     for name, subject in FORWARD.items():
-        about = f"{subject.model}, forward, {subject.about}, float32, few layers, random weights"
-        yield f"model-{name}", Speed(subject, Target("at least", 0.97), about, starts=2)
+        yield f"model-{name}", Speed(subject, Target("at least", 0.97), _about_model(subject), starts=2)
+    for name, step in TRAINED.items():
+        for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
+            subject = replace(step, dtype=dtype)
+            yield f"step-{name}-{short}", Speed(subject, Target("at least", 0.97), _about_model(subject), starts=2)
     for name, subject in FORWARD.items():
         yield (
             f"passes-{name}",
@@ -382,6 +385,11 @@ def _sparse() -> Iterator[tuple[str, Case]]:
                 peers = {} if training else {"flex": Target("at least", flex)}
                 name = f"sparse-{mask}-{'training' if training else 'forward'}-{short}"
                 yield name, Speed(subject, Target("at least", 3.0), about, peers=peers, uncompiled=False)
+
+
+def _about_model(subject: Forward) -> str:
+    dtype = str(subject.dtype).removeprefix("torch.")
+    return f"{subject.model}, {subject.kind}, {subject.about}, {dtype}, few layers, random weights"
 
 
 def _about(subject: Pass) -> str:

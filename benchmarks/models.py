@@ -1,4 +1,4 @@
-"""Twelve models of transformers, narrow and of few layers, at the lengths that they are used with: forward passes to measure."""
+"""Models of transformers, narrow and of few layers, at the lengths that they are used with: forward passes and steps to measure."""
 
 from __future__ import annotations
 
@@ -57,15 +57,15 @@ class Forward:
     attentions: tuple[str, ...] = ("eager", "sdpa")
     dtype: torch.dtype = torch.float32
 
+    @property
+    def kind(self) -> str:
+        """What is measured, in words."""
+        return "forward"
+
     def start(self, variant: Variant) -> tuple[Callable[[], object], Callable[[], dict[str, Tensor]]]:
         """What to time, and what gives the results to compare."""
-        import transformers
-
-        torch.manual_seed(0)
-        config = getattr(transformers, self.config)(**self.fields)
-        config._attn_implementation = variant.attention
-        model = getattr(transformers, self.model)(config).eval()
-        model.to(torch.float64 if variant.exact else self.dtype)
+        model, config = self._model(variant)
+        model.eval().to(torch.float64 if variant.exact else self.dtype)
         floating = next(model.parameters()).dtype
         given = {name: x.to(floating) if x.is_floating_point() else x for name, x in self.inputs().items()}
         extra = {} if getattr(config, "use_cache", None) is None else {"use_cache": False}
@@ -76,6 +76,55 @@ class Forward:
             return call(**given, **extra)
 
         return run, lambda: {"hidden": run()[0]}
+
+    def _model(self, variant: Variant) -> tuple[Any, Any]:
+        """The model and its configuration."""
+        import transformers
+
+        torch.manual_seed(0)
+        config = getattr(transformers, self.config)(**self.fields)
+        config._attn_implementation = variant.attention
+        return getattr(transformers, self.model)(config), config
+
+
+@dataclass(frozen=True)
+class Step(Forward):
+    """Forward and backward with the dropout that the model's configuration has; results are compared without.
+
+    Args:
+        dtype: bfloat16 is autocast's, parameters are float32.
+    """
+
+    @property
+    def kind(self) -> str:
+        return "forward and backward with its dropout" + (", autocast" if self.dtype != torch.float32 else "")
+
+    def start(self, variant: Variant) -> tuple[Callable[[], object], Callable[[], dict[str, Tensor]]]:
+        """What to time, and what gives the results to compare."""
+        model, config = self._model(variant)
+        model.train()
+        inputs = self.inputs()
+        if variant.exact:
+            model.double()
+            inputs = {name: x.double() if x.is_floating_point() else x for name, x in inputs.items()}
+        extra = {} if getattr(config, "use_cache", None) is None else {"use_cache": False}
+        call = model if variant.backend is None else torch.compile(model, backend=variant.backend)
+        lower = self.dtype != torch.float32 and not variant.exact
+
+        def run() -> Tensor:
+            model.zero_grad()
+            with torch.autocast("cpu", torch.bfloat16, enabled=lower):
+                hidden: Tensor = call(**inputs, **extra)[0]
+            hidden.to(torch.promote_types(hidden.dtype, torch.float32)).square().mean().backward()
+            return hidden.detach()
+
+        def results() -> dict[str, Tensor]:
+            model.eval()
+            hidden = run()
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            return {"hidden": hidden, **gradients}
+
+        return run, results
 
 
 _WIDE = {**WIDTH, "intermediate_size": 1024}
@@ -185,4 +234,19 @@ FORWARD: dict[str, Forward] = {
             "use_relative_position_bias": True,
         },
     ),
+}
+
+TRAINED: dict[str, Step] = {
+    "gpt2": Step(
+        "GPT2Config",
+        "GPT2Model",
+        lambda: _text(4, 512),
+        "4 x 512 tokens",
+        {"vocab_size": VOCABULARY, "n_embd": 512, "n_layer": 4, "n_head": 8},
+    ),
+    **{
+        name: Step(x.config, x.model, x.inputs, x.about, x.fields)
+        for name, x in FORWARD.items()
+        if name in ("bert", "t5", "beit")
+    },
 }

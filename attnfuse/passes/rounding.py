@@ -96,7 +96,8 @@ def autocast_at(scope: Scope, node: fx.Node) -> torch.dtype | None:
         for region in regions[::-1]:
             of, dtype, enabled, *_ = region.args
             if of == device:
-                return (dtype or torch.get_autocast_dtype(device)) if enabled else None
+                given = dtype if isinstance(dtype, torch.dtype) else torch.get_autocast_dtype(device)
+                return given if enabled else None
         if here.outer is not None:
             # all calls of a body run in the same modes
             at = here.calls[0]
