@@ -11,6 +11,7 @@ This module knows no graph and no torch. It reads these facts; whatever else a p
     node           name of the graph node that stopped it      node_source  its file:line
     why            a clause that completes the code's meaning  reasons      {template: tuple of reasons against it}
     notes          tuple of note codes                         error        text of the exception
+    written_out    the bias that the graph computes before the operator, of the score `spec`
 """
 
 import itertools

@@ -284,6 +284,26 @@ def test_a_bias_of_another_type_is_converted_in_parts(scores: list[Score]) -> No
 
 
 @served
+def test_a_bias_of_another_type_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    converted: list[int] = []
+    to = Tensor.to
+
+    def watched(self: Tensor, *args: Any, **named: Any) -> Tensor:
+        if self.dtype == torch.float16 and torch.float32 in args:
+            converted.append(self.numel())
+        return to(self, *args, **named)
+
+    call = made(
+        "bias: f16[:, :, :]; s + bias[h, m, n]", Shape(2, 2, 2, 300, 200, 16, 16), (floats(2, 300, 200).half(),)
+    )
+    monkeypatch.setattr(Tensor, "to", watched)
+    out, _ = call.run()
+    assert converted == [2 * 300 * 200]
+    torch.autograd.grad(out.sum(), (call.q, call.k, call.v))
+    assert converted == [2 * 300 * 200] * 2
+
+
+@served
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 def test_conditions_beside_a_bias(dtype: torch.dtype, scores: list[Score]) -> None:
     """The kernel takes them as they are, and the bias is not copied for them."""
@@ -371,6 +391,42 @@ def test_gradients_of_scores_leave_the_kernel_in_parts(
     hold_to_oracle(call)
     assert calls["forward"] <= 2
     assert calls["backward"] >= 12
+
+
+@served
+@pytest.mark.parametrize("text", ["bias[h, n]", "bias[h, m]", "bias[h, m % 5 + n % 5]"])
+def test_few_gradients_of_scores_are_in_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under a mask of keys too, where one mask would serve all rows."""
+    sizes: list[int] = []
+    backward = native.backward
+
+    def watched(*args: Any, dscores: Tensor, **named: Any) -> None:
+        sizes.append(dscores.numel())
+        backward(*args, dscores=dscores, **named)
+
+    monkeypatch.setattr(native, "backward", watched)
+    monkeypatch.setattr(work, "GRADIENT_CELLS", 1 << 17)
+    some = torch.rand(1, 500, generator=torch.Generator().manual_seed(0)) < 0.7
+    call = made(
+        f"bias: f32[:, :]; some: bool[:, :]; s*0.125 + {text} where some[b, n] else =min",
+        Shape(1, 4, 2, 500, 500, 16, 16),
+        (floats(4, 9 if "%" in text else 500), some),
+    )
+    hold_to_oracle(call)
+    assert 0 < max(sizes) <= 2 * work.GRADIENT_ROWS * 500
+
+
+@served
+def test_scores_without_a_bias_have_no_gradients_of_their_own(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The leaf is read where the mask allows nothing."""
+    monkeypatch.setattr(work.Gradients, "add_of_scores", None)
+    pad = torch.arange(90)[None] < 70
+    call = made(
+        "bias: f32[:, :]; pad: bool[:, :]; where(pad[b, n], s*0.25, bias[m, n]) where pad[b, n] else -inf",
+        Shape(1, 2, 2, 80, 90, 16, 16),
+        (floats(80, 90), pad),
+    )
+    hold_to_oracle(call)
 
 
 @served

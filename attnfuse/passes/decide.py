@@ -81,6 +81,8 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     few = (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
     if SUMMED in site.anchor.meta and what.shape.M * what.shape.N <= few and target.device == "cpu":
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
+    if isinstance(form, WrittenBias):
+        facts["written_out"] = str(form.bias)
     facts["tiles_skipped"] = round(_tiles_skipped(what, choice), 4)
     code = {Call: "AF010", Inline: "AF011"}.get(type(form), "AF000")
     return Replacement(what, form, Remark.of(code, **where, template=template.name, **facts))  # type: ignore[arg-type]
@@ -93,7 +95,7 @@ def _form(what: Meaning, choice: Choice, target: Target) -> Form:
     if isinstance(choice.template, Inline):
         return choice.template
     small = target.device == "cpu" and target.dtype != "f64" and what.shape.M * what.shape.N <= target.inline_scores
-    return written_bias(what.spec) if small else None
+    return written_bias(what.spec, what.shape) if small else None
 
 
 def _tiles_skipped(what: Meaning, choice: Choice) -> float:

@@ -2,9 +2,8 @@
 
 A call that a flash kernel computes as it stands is `whole_call`'s.  Of others `cover` says which cells they need; `grouped` does
 where rows and keys are sorted first.  Each segment of rows goes through one of three inner steps: `native_step`, one call of our
-kernel, where it is built and rows see whole intervals of keys; `flash_step`, blocks for a flash kernel, ours or the library's, where
-that computes the score; else `plain_step`, matrix products and a softmax over a block.  Rows without any allowed key are
-`degenerate`'s.
+kernel, where it is built and rows see whole intervals of keys; `flash_step`, blocks for a flash kernel, where one computes the
+score; else `plain_step`, matrix products and a softmax over a block.  Rows without any allowed key are `degenerate`'s.
 
 Scores, softmax and accumulators are fp32 (fp64 for fp64 inputs).  Memory beyond operands and results: a few blocks of rows
 times keys, packed keys and values of some heads, and the accumulators of gradients.

@@ -179,13 +179,17 @@ def share_of_empty(kinds: Tensor) -> float:
     return float((kinds == EMPTY).sum()) / max(kinds.numel(), 1)
 
 
-def _groups(work: Work, run: Run, segment: Segment, plan: Plan, height: int) -> Iterator[_Group | Band]:
+def _groups(
+    work: Work, run: Run, segment: Segment, plan: Plan, height: int, most: int | None = None
+) -> Iterator[_Group | Band]:
+    """The rows of a segment in groups of `height` rows, or of all of them where no mask is needed for each and `most` is None."""
     rows = (segment.m0, segment.m1)
     spans = spans_of(segment, plan.scale)
     if spans is not None and plan.bias is None and not run.holes:
         yield _Group(rows, tuple(_Part(Keys([(n0, n1)], []), causal) for n0, n1, causal in spans))
         return
-    if spans is not None and len(spans) == 1 and not plan.bias_by_row and (not run.holes or segment.first == run.lo):
+    one = most is None and spans is not None and len(spans) == 1
+    if one and spans is not None and not plan.bias_by_row and (not run.holes or segment.first == run.lo):
         # one mask for all rows; the first key of a batch's interval is allowed, so that no row is empty
         n0, n1, causal = spans[0]
         keys = Keys([(n0, n1)], [(n0, n1)] * run.holes)
@@ -489,7 +493,8 @@ def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Itera
         if grads.dq is not None:
             band.rows_of(grads.dq[b, h0:h1]).copy_(dq)
 
-    groups = _groups(work, run, segment, plan, _height(run, segment, plan, _MOVING_BACKWARD))
+    most, height = grads.most_rows(run), _height(run, segment, plan, _MOVING_BACKWARD)
+    groups = _groups(work, run, segment, plan, height if most is None else min(height, most), most)
     for (m0, m1), parts, empty, _ in _alone(groups, run, backward_of_band):
         rows = Rows((b0, b1), (h0, h1), (m0, m1), empty)
         if not parts:

@@ -1,7 +1,7 @@
 """The inner step that is a call of our own kernels (`native`): rows that see the keys from one number to another.
 
 The score is `s*scale + bias` or `cap*tanh(s*scale) + bias`.  A bias that is a leaf, read by indices or along diagonals, is read
-where it is; another one is computed for some rows at a time, as the gradient of every bias is.
+where it is; another one is computed for some rows at a time, the gradient of every bias for some batches, heads and rows.
 """
 
 from __future__ import annotations
@@ -204,7 +204,7 @@ def _biases(
     """The rows of a segment in parts, of up to `most` rows, with the bias of each for the keys of the run."""
     batches, heads, keys = (run.b0, run.b1), (run.h0, run.h1), (run.lo, run.hi)
     axes = set() if plan.bias is None else varies(plan.bias)
-    computed = plan.bias is not None and _where_it_is(work, run, (segment.m0, segment.m1), plan) is None
+    computed = plan.bias is not None and _in_memory(work, run, (segment.m0, segment.m1), plan) is None
     height = segment.m1 - segment.m0 if most is None else most
     if computed and "m" in axes:
         of_axes = (last - first if axis in axes else 1 for axis, (first, last) in (("b", batches), ("h", heads)))
@@ -220,33 +220,53 @@ def _biases(
         yield first, last, native.Cells.of(value)
 
 
-def _where_it_is(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> native.Cells | None:
-    """A bias that is a leaf as it is in memory, of some rows."""
+def _in_memory(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> Tensor | None:
+    """The part of a leaf that is the bias of some rows, where the kernel reads it as it is, or once it is float32."""
     if plan.load is None or work.reordered:
         return None
     x = work.inputs.leaves[plan.leaf]
     ranges = (run.b0, run.b1), (run.h0, run.h1), rows, (run.lo, run.hi)
-    strides = [0, 0, 0, 0]
-    offset = 0
-    along = diagonals.along(plan.load)
-    lead = axes_of(plan.load) if along is None else along.lead
-    assert lead is not None
-    for place, axis in enumerate(lead):
+    for place, axis in enumerate(_lead(plan.load)):
         first, last = ranges[axis]
         if last > x.shape[place]:
             return None
         x = x.narrow(place, first, last - first)
-    if x.dtype not in (torch.float32, work.inputs.q.dtype):
-        x = x.to(torch.float32)
-    for place, axis in enumerate(lead):
-        strides[axis] = x.stride(place)
-    if along is not None:
-        length, step = x.shape[-1], x.stride(-1)
-        (m0, m1), (n0, n1) = ranges[2:]
-        if n0 - (m1 - 1) + plan.offset < 0 or n1 - 1 - m0 + plan.offset >= length:
+        if axis == 3 and x.stride(place) not in (0, 1):
             return None
-        strides[2:] = -step, step
-        offset = (n0 - m0 + plan.offset) * step
-    if strides[3] not in (0, 1):
+    if _is_converted(work, x) and 0 in x.stride():
+        # its strides would be others
         return None
+    if diagonals.along(plan.load) is not None:
+        (m0, m1), (n0, n1) = ranges[2:]
+        if x.stride(-1) != 1 or n0 - (m1 - 1) + plan.offset < 0 or n1 - 1 - m0 + plan.offset >= x.shape[-1]:
+            return None
+    return x
+
+
+def _lead(load: Load) -> tuple[int, ...]:
+    """The axes that the dimensions of a leaf run along, but for the last one of diagonals."""
+    along = diagonals.along(load)
+    lead = axes_of(load) if along is None else along.lead
+    assert lead is not None
+    return lead
+
+
+def _is_converted(work: Work, x: Tensor) -> bool:
+    return x.dtype not in (torch.float32, work.inputs.q.dtype)
+
+
+def _where_it_is(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> native.Cells | None:
+    """A bias that is a leaf as it is in memory, of some rows."""
+    x = _in_memory(work, run, rows, plan)
+    if x is None or plan.load is None:
+        return None
+    if _is_converted(work, x):
+        x = x.to(torch.float32)
+    strides = [0, 0, 0, 0]
+    for place, axis in enumerate(_lead(plan.load)):
+        strides[axis] = x.stride(place)
+    offset = 0
+    if diagonals.along(plan.load) is not None:
+        strides[2:] = -1, 1
+        offset = run.lo - rows[0] + plan.offset
     return native.Cells(x, (strides[0], strides[1], strides[2], strides[3]), offset)

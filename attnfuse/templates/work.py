@@ -256,6 +256,7 @@ class Gradients:
         self.wanted = frozenset(self.leaves)
         body = {load.leaf for load in loads(inputs.spec.program.body)}
         self.from_body = self.wanted & body
+        self._from_bias: bool | None = None
         self._copies: dict[str, Tensor] = {}
         self._tables: dict[tuple[str, tables.Lookup], Tensor] = {}
         self._delta: Tensor | None = None
@@ -302,13 +303,21 @@ class Gradients:
                 return
         add_gradient(total, load, indices, block, grad)
 
+    @property
+    def from_bias(self) -> bool:
+        """Whether the bias of scores that are `f(s) + bias` gives gradients to leaves."""
+        if self._from_bias is None:
+            found = bool(self.from_body) and bias_slopes_of(self.work.inputs.text, self.from_body).loads
+            self._from_bias = bool(found)
+        return self._from_bias
+
     def parts(self, run: Run) -> Iterable[Run]:
         """A run for some of its batches and heads at a time, as many as the gradients of their scores may be in memory."""
-        return run.parts(self.work.group, self._most_cells(run) // GRADIENT_ROWS) if self.from_body else (run,)
+        return run.parts(self.work.group, self._most_cells(run) // GRADIENT_ROWS) if self.from_bias else (run,)
 
     def most_rows(self, run: Run) -> int | None:
         """Rows of a run whose gradients of scores may be in memory, None where these are not wanted."""
-        if not self.from_body:
+        if not self.from_bias:
             return None
         return max(GRADIENT_ROWS, self._most_cells(run) // ((run.b1 - run.b0) * (run.h1 - run.h0)))
 
@@ -319,7 +328,7 @@ class Gradients:
 
     def of_scores(self, q: Tensor, k: Tensor) -> Tensor | None:
         """Memory for the gradient of each score of some rows q and keys k, where it is wanted."""
-        return torch.empty((*q.shape[:3], k.shape[2]), dtype=torch.float32) if self.from_body else None
+        return torch.empty((*q.shape[:3], k.shape[2]), dtype=torch.float32) if self.from_bias else None
 
     def add_of_scores(self, block: Block, grad: Tensor) -> None:
         """Adds the gradient of scores, of the form `f(s) + bias`, to that of the bias's leaves; [b, h, m, n], for each cell."""
