@@ -394,6 +394,22 @@ def test_gradients_of_scores_leave_the_kernel_in_parts(
 
 
 @served
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("added", [40.0, -300.0, 1e5, -1e9, 3e30, torch.finfo(torch.bfloat16).min])
+@pytest.mark.parametrize("mask", ["where n <= m + 20 else -inf", "where some[b, n] else -inf"])
+def test_gradients_where_a_log_sum_exp_has_few_digits(
+    mask: str, added: float, dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Rows to all of whose keys something large is added, beside others."""
+    bias = floats(2, 150)
+    bias[:, ::3] += added
+    some = torch.rand(2, 170, generator=torch.Generator().manual_seed(0)) < 0.7
+    given = ("bias: f32[:, :]; some: bool[:, :]; ", (bias, some)) if "some" in mask else ("bias: f32[:, :]; ", (bias,))
+    monkeypatch.setattr(plain_step, "backward", None)
+    hold_to_oracle(made(f"{given[0]}s*0.25 + bias[h, m] {mask}", Shape(2, 2, 1, 150, 170, 16, 16), given[1], dtype))
+
+
+@served
 @pytest.mark.parametrize("text", ["bias[h, n]", "bias[h, m]", "bias[h, m % 5 + n % 5]"])
 def test_few_gradients_of_scores_are_in_memory(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
     """Under a mask of keys too, where one mask would serve all rows."""

@@ -137,17 +137,20 @@ def backward(
     dropout: native.Dropout | None = None,
     dlse: Tensor | None = None,
     dscores: Tensor | None = None,
+    whole: bool = True,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """The gradients of q, k and v; arguments as in `forward`, and what it returned, lse +inf in rows that have no weight.
 
     Args:
-        dlse, dscores: see `native.backward`; of our kernel only.
+        dlse, dscores, whole: see `native.backward`; of our kernel only.
     """
     dout, q, k, v, out = map(unit_stride, (dout, q, k, v, out))
     if ours:
         dq, dk, dv = (torch.empty_permuted(x.shape, (0, 2, 1, 3), dtype=x.dtype) for x in (q, k, v))
         score, keys = _score(scale, mask, allowed, cap, dropout), _seen(k, causal=causal)
-        native.backward(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, keys, dlse=dlse, dscores=dscores)
+        native.backward(
+            *(dout, q, k, v, out, unit_stride(lse), dq, dk, dv, score, keys), dlse=dlse, dscores=dscores, whole=whole
+        )
         return dq, dk, dv
     mask = _together(mask, allowed, q)
     dq, dk, dv = _BACKWARD(dout, q, k, v, out, lse, 0.0, causal, attn_mask=mask, scale=scale)

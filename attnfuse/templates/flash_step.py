@@ -101,14 +101,16 @@ def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     """Whether the kernel's backward gives the wanted gradients of a segment: the library's has none of lse and of its mask.
 
     It takes weights as exp(score - lse).  Where a bias makes lse large, they lose digits: all of them in a row whose keys all
-    have -1e9 added.
+    have -1e9 added.  Ours adds them up once more there, if they are those of all keys that lse is of.
     """
     work = grads.work
     plan = plan_for(work.inputs, backward=True)
     if plan is None:
         return False
     if flash_kernel.is_ours(work.inputs, backward=True):
-        if grads.dlse is not None and work.sink is not None:
+        if work.sink is None:
+            return True
+        if grads.dlse is not None:
             return False
     elif grads.dlse is not None or grads.from_body:
         return False
@@ -484,7 +486,7 @@ def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Itera
         mask = _for_blocks(band)
         dlse = None if grads.dlse is None else band.rows_of(grads.dlse[b, h0:h1])
         dq, dk, dv = flash_kernel.backward(
-            dout, q, k, v, out, lse, plan.scale, ours=ours, mask=mask, cap=plan.cap, dlse=dlse
+            dout, q, k, v, out, lse, plan.scale, ours=ours, mask=mask, cap=plan.cap, dlse=dlse, whole=work.sink is None
         )
         if grads.dk is not None:
             band.add(grads.dk[b, kv0:kv1], dk)
@@ -511,7 +513,12 @@ def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> Itera
             k, v = (part.keys.of(x[b0:b1, kv0:kv1]) for x in (all_k, all_v))
             given, dscores = _arguments(work, run, (m0, m1), plan, part), grads.of_scores(q, k)
             dq, dk, dv = flash_kernel.backward(
-                dout, q, k, v, out, lse, plan.scale, ours=ours, dlse=dlse, dscores=dscores, **given
+                *(dout, q, k, v, out, lse, plan.scale),
+                ours=ours,
+                dlse=dlse,
+                dscores=dscores,
+                whole=work.sink is None and len(parts) == 1,
+                **given,
             )
             dqs.append(dq)
             if grads.dk is not None:

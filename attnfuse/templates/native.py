@@ -31,7 +31,7 @@ _PRODUCTS: Final = 1 << 22
 # times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core).
 _FEWEST_ROWS: Final = 48
 # `Call` of `common.h`
-_CALL: Final = struct.Struct("18P53q4d")
+_CALL: Final = struct.Struct("18P54q4d")
 
 
 class Keys(NamedTuple):
@@ -231,21 +231,23 @@ def backward(
     dlse: Tensor | None = None,
     dscores: Tensor | None = None,
     adds: bool = False,
+    whole: bool = True,
 ) -> None:
     """Writes the gradients of q, k and v that are wanted; a row whose lse is +inf gives none.
 
     Args:
         dout: [B, H, M, Dv], as q, k, v and out of `forward`, which these are; its last axis is dense.
-        lse: [B, H, M], fp32, what `forward` gave, or with the sink of each row.
+        lse: [B, H, M], fp32, what `forward` gave, or, where the call is not whole, with the sink of each row or more keys.
         dq: [B, H, M, D], of q's type.
         dk: [B, Hkv, N, D], of q's type.
         dv: [B, Hkv, N, Dv], of q's type.
         dlse: [B, H, M], fp32, the gradient of lse.
         dscores: contiguous fp32 [B, H, M, N], written too: the gradient of a bias of each cell, 0 for keys that a row does not see.
         adds: dk and dv are fp32, and added to.
+        whole: whether lse is that of the keys of this call. Weights are right then where it is large too, and has few digits.
     """
     grads = dq, dk, dv, dscores
-    call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=grads, adds=adds)
+    call = _Call(q, k, v, out, lse, score, keys, dout=dout, dlse=dlse, grads=grads, adds=adds, whole=whole)
     call.run("backward")
 
 
@@ -283,6 +285,7 @@ class _Call:
         dlse: Tensor | None = None,
         grads: tuple[Tensor | None, ...] = (None,) * 4,
         adds: bool = False,
+        whole: bool = True,
     ) -> None:
         B, H, M, D = q.shape
         Hkv, N = k.shape[1:3]
@@ -300,7 +303,14 @@ class _Call:
             *(_address(dout), _address(dlse), *map(_address, grads), B, H, Hkv, M, N, D, v.shape[3]),
             *(*_strides(q), *_strides(k), *_strides(v), *_strides(out), *lse.stride()[:2]),
             *(*_strides_of(bias), bias is not None and bias.x.dtype == torch.float32, *_strides_of(mask)),
-            *(*_strides(dout), *_strides(dlse), *(step for x in grads[:3] for step in _strides(x)), adds, *keys[:4]),
+            *(
+                *_strides(dout),
+                *_strides(dlse),
+                *(step for x in grads[:3] for step in _strides(x)),
+                adds,
+                whole,
+                *keys[:4],
+            ),
         )
         self._after = (threshold(p), scale, cap, dead, 1 / (1 - p))
 

@@ -93,7 +93,7 @@ def serves(work: Work, run: Run, segment: Segment) -> bool:
 def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     """Whether the kernel gives the wanted gradients of a segment.
 
-    Not from that of lse beside a sink, which is none of its keys, nor where a bias leaves lse too few digits.
+    Not from that of lse beside a sink, which is none of its keys, nor where beside one a bias leaves lse too few digits.
     """
     work = grads.work
     if (
@@ -105,7 +105,7 @@ def differentiates(grads: Gradients, run: Run, segment: Segment) -> bool:
     plan = _plan_for(work.inputs)
     assert plan is not None
     lse = grads.lse[run.b0 : run.b1, run.h0 : run.h1, segment.m0 : segment.m1]
-    return plan.bias is None or has_digits(lse, grads.out)
+    return plan.bias is None or work.sink is None or has_digits(lse, grads.out)
 
 
 def forward(work: Work, run: Run, segment: Segment, out: Tensor, lse: Tensor) -> Iterator[Rows]:
@@ -143,7 +143,13 @@ def _backward(work: Work, run: Run, segment: Segment, grads: Gradients) -> None:
         score, keys = _score(work, run, (m0, m1), plan, bias), _keys(run, segment, m0, m1)
         dscores = grads.of_scores(q, k)
         with _dense(None if grads.dq is None else grads.dq[rows]) as dq:
-            native.backward(dout, q, k, v, out, lse, dq, dk, dv, score, keys, dlse=dlse, dscores=dscores, adds=True)
+            native.backward(
+                *(dout, q, k, v, out, lse, dq, dk, dv, score, keys),
+                dlse=dlse,
+                dscores=dscores,
+                adds=True,
+                whole=work.sink is None,
+            )
         if dscores is not None:
             grads.add_of_scores(work.block((run.b0, run.b1), (run.h0, run.h1), (m0, m1), (run.lo, run.hi)), dscores)
 

@@ -157,14 +157,18 @@ def backward(inputs: Inputs, cotangents: Cotangents) -> list[Tensor] | None:
     if cotangents.dlse is not None or cotangents.dout is None or any(cotangents.needs[3:]):
         return None
     found = _serves(inputs, backward=True)
-    if found is None or (found.mask is not None and not flash_kernel.has_digits(cotangents.lse, cotangents.out)):
+    if found is None:
+        return None
+    ours = flash_kernel.is_ours(inputs, backward=True)
+    # ours sums large rows once more, if lse is not that of another mask
+    exact = found.mask is None or (ours and found.least is None)
+    if not exact and not flash_kernel.has_digits(cotangents.lse, cotangents.out):
         return None
     lse = cotangents.lse
     if found.dead == 0.0:
         # no weight, and no NaN
         lse = lse.masked_fill(lse == -torch.inf, torch.inf)
     given = (cotangents.dout, inputs.q, inputs.k, inputs.v, cotangents.out, lse, found.scale)
-    ours = flash_kernel.is_ours(inputs, backward=True)
     grads = flash_kernel.backward(*given, ours=ours, causal=found.causal, mask=found.mask)
     return [
         laid_out(x, x.dtype, inputs.out_order) for x, needed in zip(grads, cotangents.needs, strict=False) if needed

@@ -19,7 +19,7 @@ struct Room {
   long keys, values, key_rows;            // panels of keys, and keys as right operands
   long scores, slopes;                    // P and dP, then dS
   long weights_t, slopes_t, slopes_narrow;  // the same as pairs, for sums over rows and over keys
-  long dk, dv, delta;
+  long dk, dv, delta, raise;
 
   explicit Room(const Call& c)
       : steps(halved(c.D)), steps_v(halved(c.Dv)), width(up(c.D, LANES)), width_v(up(c.Dv, LANES)) {
@@ -38,6 +38,7 @@ struct Room {
     dk = take(BLOCK_N * width);
     dv = take(BLOCK_N * width_v);
     delta = take(c.H / c.Hkv * c.M);
+    raise = take(c.H / c.Hkv * c.M);
   }
   static long halved(long x) { return PAIRS ? (x + 1) / 2 : x; }
   long take(long floats) {
@@ -70,12 +71,14 @@ class Task {
         if (c.dlse != nullptr) delta -= c.dlse[b * c.dlse_b + head(g) * c.dlse_h + m * c.dlse_m];
         memory[room.delta + g * c.M + m] = delta;
       }
+    std::fill_n(memory + room.raise, group_ * c.M, 1.0f);
+    if (c.whole)
+      for (long g = 0; g < group_; ++g)
+        for (long m0 = 0; m0 < c.M; m0 += BLOCK_M) normalise(g, m0, std::min(BLOCK_M, c.M - m0));
   }
 
   void run(long n0) {
-    keys_ = std::min(BLOCK_N, c_.N - n0);
-    n0_ = n0;
-    const T* k = static_cast<const T*>(c_.k) + b_ * c_.k_b + kv_ * c_.k_h + n0 * c_.k_n;
+    const T* k = at_block(n0);
     const T* v = static_cast<const T*>(c_.v) + b_ * c_.v_b + kv_ * c_.v_h + n0 * c_.v_n;
     for (long n = 0; n < BLOCK_N; n += PANEL) {
       const long some = std::max(0L, std::min(PANEL, keys_ - n));
@@ -87,14 +90,8 @@ class Task {
     std::fill_n(at_ + room_.dv, BLOCK_N * room_.width_v, 0.0f);
     for (long g = 0; g < group_; ++g)
       for (long m0 = 0; m0 < c_.M; m0 += BLOCK_M) {
-        long first = BLOCK_N, last = 0;
         const long rows = std::min(BLOCK_M, c_.M - m0);
-        for (long r = 0; r < rows; ++r) {
-          const Range seen = seen_by(c_, m0 + r);
-          first_[r] = std::clamp(seen.first - n0, 0L, keys_);
-          last_[r] = std::clamp(seen.last - n0, 0L, keys_);
-          if (first_[r] < last_[r]) first = std::min(first, first_[r]), last = std::max(last, last_[r]);
-        }
+        const auto [first, last] = see(m0, rows);
         if (first < last)
           block(g, m0, rows, first, last);
         else if (c_.dscores != nullptr)
@@ -109,6 +106,87 @@ class Task {
 
   const T* row(const void* x, long h, long m, long of_b, long of_h, long of_m) const {
     return static_cast<const T*>(x) + b_ * of_b + h * of_h + m * of_m;
+  }
+
+  // Begins a block of keys, [n0, n0 + keys_); the first of them.
+  const T* at_block(long n0) {
+    keys_ = std::min(BLOCK_N, c_.N - n0);
+    n0_ = n0;
+    return static_cast<const T*>(c_.k) + b_ * c_.k_b + kv_ * c_.k_h + n0 * c_.k_n;
+  }
+
+  // Notes the columns of the block of keys that each of some rows sees; from the first to the last of them.
+  Range see(long m0, long rows) {
+    Range found{BLOCK_N, 0};
+    for (long r = 0; r < rows; ++r) {
+      const Range seen = seen_by(c_, m0 + r);
+      first_[r] = std::clamp(seen.first - n0_, 0L, keys_);
+      last_[r] = std::clamp(seen.last - n0_, 0L, keys_);
+      if (first_[r] < last_[r]) found = {std::min(found.first, first_[r]), std::max(found.last, last_[r])};
+    }
+    return found;
+  }
+
+  float lse(long h, long m) const { return c_.lse[b_ * c_.lse_b + h * c_.lse_h + m]; }
+
+  // A log-sum-exp that is large has no digits for the number of keys: the weights of its row are summed once more.
+  void normalise(long g, long m0, long rows) {
+    constexpr float MOST = sizeof(T) < sizeof(float) ? 8192.0f : 16.0f;
+    const long h = head(g);
+    bool large = false;
+    for (long r = 0; r < rows; ++r) large |= std::abs(lse(h, m0 + r)) > MOST && std::abs(lse(h, m0 + r)) < INF;
+    if (!large) return;
+    double sums[BLOCK_M] = {};
+    float* p = at_ + room_.scores;
+    pack_left<PAIRS>(row(c_.q, h, m0, c_.q_b, c_.q_h, c_.q_m), c_.q_m, c_.D, rows, room_.steps, at_ + room_.q);
+    for (long n0 = 0; n0 < c_.N; n0 += BLOCK_N) {
+      const T* k = at_block(n0);
+      const auto [first, last] = see(m0, rows);
+      if (first >= last) continue;
+      for (long n = first / PANEL * PANEL; n < last; n += PANEL) {
+        float* panel = at_ + room_.keys + n * room_.steps;
+        pack_columns<PAIRS>(k + n * c_.k_n, c_.k_n, c_.D, std::min(PANEL, keys_ - n), room_.steps, panel);
+        for (long r = 0; r < rows; r += GROUP)
+          product<PAIRS>(std::min(GROUP, rows - r), PANEL / LANES, at_ + room_.q + r * room_.steps, room_.steps, panel, PANEL,
+                         room_.steps, p + r * BLOCK_N + n, BLOCK_N, false);
+      }
+      for (long r = 0; r < rows; ++r)
+        for (long i = first / LANES * LANES; i < last; i += LANES) {
+          const __mmask16 some = allowed(c_, b_, h, m0 + r, n0_ + i, seen(r, i));
+          const Scored found = scored(h, m0 + r, i, some, _mm512_loadu_ps(p + r * BLOCK_N + i));
+          sums[r] += _mm512_mask_reduce_add_ps(some, exp2(found.exponent));
+        }
+    }
+    for (long r = 0; r < rows; ++r)
+      if (sums[r] > 0 && sums[r] < INF) at_[room_.raise + g * c_.M + m0 + r] = static_cast<float>(1 / sums[r]);
+  }
+
+  // The columns of 16 from i on that row r of a block sees.
+  __mmask16 seen(long r, long i) const {
+    const long skip = std::clamp(first_[r] - i, 0L, LANES);
+    return static_cast<__mmask16>(lanes(last_[r] - i) & (0xffff << skip));
+  }
+
+  struct Scored {
+    __m512 exponent, factor;  // of two, of the weight; the slope of the score by its product, but for the scale
+  };
+
+  // As in forward.cpp, so that what was rounded there is rounded here.
+  Scored scored(long h, long m, long i, __mmask16 some, __m512 product) const {
+    const __m512 one = _mm512_set1_ps(1.0f);
+    const float cap = static_cast<float>(c_.cap);
+    __m512 x = _mm512_mul_ps(product, _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale))), factor = one;
+    if (general_) {
+      const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
+      if (cap != 0) {
+        const __m512 bent = tanh(x);
+        factor = _mm512_fnmadd_ps(bent, bent, one);
+        x = _mm512_fmadd_ps(_mm512_set1_ps(cap), bent, add);
+      } else {
+        x = _mm512_add_ps(x, add);
+      }
+    }
+    return {_mm512_mul_ps(_mm512_set1_ps(LOG2E), _mm512_sub_ps(x, _mm512_set1_ps(lse(h, m)))), factor};
   }
 
   // Where the gradients of a row's scores go, for the block of keys.
@@ -164,52 +242,31 @@ class Task {
   void slope(long g, long m, long r, long c0, long c1) {
     const long h = head(g);
     float *p = at_ + room_.scores + r * BLOCK_N, *ds = at_ + room_.slopes + r * BLOCK_N;
-    const float lse = c_.lse[b_ * c_.lse_b + h * c_.lse_h + m];
     const __m512 delta = _mm512_set1_ps(at_[room_.delta + g * c_.M + m]);
-    const __m512 zero = _mm512_setzero_ps(), raise = _mm512_set1_ps(static_cast<float>(c_.kept));
+    const __m512 raise = _mm512_set1_ps(at_[room_.raise + g * c_.M + m]);
+    const __m512 zero = _mm512_setzero_ps(), of_kept = _mm512_set1_ps(static_cast<float>(c_.kept));
     const Kept kept(c_, b_, h, m);
     float* given = c_.dscores == nullptr ? nullptr : dscores(g, m);
-    auto sloped = [&](long i, __mmask16 some, __m512 exponent, __m512 factor) {
-      const __m512 weight = _mm512_maskz_mov_ps(some, exp2(exponent));
-      const __mmask16 keeps = kept.of(n0_ + i);
-      const __m512 of_weight = _mm512_maskz_mul_ps(keeps, raise, _mm512_loadu_ps(ds + i));
-      const __m512 slope = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(of_weight, delta));
-      _mm512_storeu_ps(p + i, _mm512_maskz_mov_ps(keeps, weight));
-      _mm512_storeu_ps(ds + i, _mm512_maskz_mul_ps(some, slope, factor));
-      if (given != nullptr) store(given + i, slope, lanes(keys_ - i));
-    };
-    auto seen = [&](long i) {
-      const long skip = std::clamp(first_[r] - i, 0L, LANES);
-      return static_cast<__mmask16>(lanes(last_[r] - i) & (0xffff << skip));
-    };
     if (given != nullptr) {
       std::fill_n(given, c0, 0.0f);
       if (c1 < keys_) std::fill_n(given + c1, keys_ - c1, 0.0f);
     }
-    const __m512 one = _mm512_set1_ps(1.0f);
-    const float cap = static_cast<float>(c_.cap);
-    const __m512 scale = _mm512_set1_ps(static_cast<float>(cap != 0 ? c_.scale / c_.cap : c_.scale));
     for (long i = c0; i < c1; i += LANES) {
-      const __mmask16 some = allowed(c_, b_, h, m, n0_ + i, seen(i));
+      const __mmask16 some = allowed(c_, b_, h, m, n0_ + i, seen(r, i));
       if (some == 0) {
         _mm512_storeu_ps(p + i, zero);
         _mm512_storeu_ps(ds + i, zero);
         if (given != nullptr) store(given + i, zero, lanes(keys_ - i));
         continue;
       }
-      // as in forward.cpp, so that what was rounded there is rounded here
-      __m512 x = _mm512_mul_ps(_mm512_loadu_ps(p + i), scale), factor = one;
-      if (general_) {
-        const __m512 add = bias<T>(c_, b_, h, m, n0_ + i, some);
-        if (cap != 0) {
-          const __m512 bent = tanh(x);
-          factor = _mm512_fnmadd_ps(bent, bent, one);
-          x = _mm512_fmadd_ps(_mm512_set1_ps(cap), bent, add);
-        } else {
-          x = _mm512_add_ps(x, add);
-        }
-      }
-      sloped(i, some, _mm512_mul_ps(_mm512_set1_ps(LOG2E), _mm512_sub_ps(x, _mm512_set1_ps(lse))), factor);
+      const Scored found = scored(h, m, i, some, _mm512_loadu_ps(p + i));
+      const __m512 weight = _mm512_maskz_mul_ps(some, raise, exp2(found.exponent));
+      const __mmask16 keeps = kept.of(n0_ + i);
+      const __m512 of_weight = _mm512_maskz_mul_ps(keeps, of_kept, _mm512_loadu_ps(ds + i));
+      const __m512 slope = _mm512_maskz_mul_ps(some, weight, _mm512_sub_ps(of_weight, delta));
+      _mm512_storeu_ps(p + i, _mm512_maskz_mov_ps(keeps, weight));
+      _mm512_storeu_ps(ds + i, _mm512_maskz_mul_ps(some, slope, found.factor));
+      if (given != nullptr) store(given + i, slope, lanes(keys_ - i));
     }
   }
 

@@ -45,6 +45,7 @@ struct Call {
   int64_t mask_b, mask_h, mask_m, mask_n;
   int64_t dout_b, dout_h, dout_m, dlse_b, dlse_h, dlse_m, dq_b, dq_h, dq_m, dk_b, dk_h, dk_n, dv_b, dv_h, dv_n;
   int64_t adds;  // dk and dv are float, and added to
+  int64_t whole;  // lse is that of the keys of the call, so that the weights of a row add up to 1
   int64_t first, last, down, right;
   int64_t scratch_floats, threads;
   int64_t threshold;  // where the product of its hashes is below, a weight is dropped
