@@ -190,8 +190,8 @@ def _groups(
     if spans is not None and plan.bias is None and not run.holes:
         yield _Group(rows, tuple(_Part(Keys([(n0, n1)], []), causal) for n0, n1, causal in spans))
         return
-    one = most is None and spans is not None and len(spans) == 1
-    if one and spans is not None and not plan.bias_by_row and (not run.holes or segment.first == run.lo):
+    alike = most is None and not plan.bias_by_row
+    if alike and spans is not None and len(spans) == 1 and (not run.holes or segment.first == run.lo):
         # one mask for all rows; the first key of a batch's interval is allowed, so that no row is empty
         n0, n1, causal = spans[0]
         keys = Keys([(n0, n1)], [(n0, n1)] * run.holes)
