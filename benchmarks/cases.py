@@ -366,7 +366,7 @@ def _models() -> Iterator[tuple[str, Case]]:
     for name, step in TRAINED.items():
         for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             subject = replace(step, dtype=dtype)
-            yield f"step-{name}-{short}", Speed(subject, Target("at least", 0.97), _about_model(subject), starts=2)
+            yield f"step-{name}-{short}", Speed(subject, Target("at least", 0.97), _about_model(subject))
     for name, subject in FORWARD.items():
         yield (
             f"passes-{name}",

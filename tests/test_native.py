@@ -284,12 +284,38 @@ def test_a_bias_of_another_type_is_converted_in_parts(scores: list[Score]) -> No
 
 
 @served
+@pytest.mark.parametrize(("M", "N"), [(96, 160), (160, 96)])
+def test_a_bias_whose_elements_overlap_is_converted(M: int, N: int, scores: list[Score]) -> None:
+    """A Toeplitz matrix of float16, of which a copy has strides of its own."""
+    bias = floats(M + N).half().as_strided((M, N), (1, 1))
+    call = made("bias: f16[:, :]; s + bias[m, n]", Shape(1, 2, 2, M, N, 16, 16), (bias,))
+    call.run()
+    assert all(score.bias is not None and score.bias.x.dtype == torch.float32 for score in scores)
+    out, _ = call.run()
+    expected, _ = call._replace(leaves=(bias.clone(memory_format=torch.contiguous_format),)).run()
+    assert torch.equal(out, expected)
+    hold_to_oracle(call._replace(leaves=(bias.clone(memory_format=torch.contiguous_format),)))
+
+
+@served
+def test_a_score_of_infinity_makes_gradients_nan() -> None:
+    bias = floats(1, 1, 70, 80)
+    bias[0, 0, 5, 7] = torch.inf
+    call = made("bias: f32[:, :, :, :]; s + bias[b, h, m, n]", Shape(1, 1, 1, 70, 80, 16, 16), (bias,))
+    dq, dk, dv = torch.autograd.grad(call.run()[0].sum(), (call.q, call.k, call.v))
+    assert dq[0, 0, 5].isnan().all()
+    assert dq[0, 0, 6:].isfinite().all()
+    assert dk.isnan().all()
+    assert dv.isnan().all()
+
+
+@served
 def test_a_bias_of_another_type_is_converted_once(monkeypatch: pytest.MonkeyPatch) -> None:
     converted: list[int] = []
     to = Tensor.to
 
     def watched(self: Tensor, *args: Any, **named: Any) -> Tensor:
-        if self.dtype == torch.float16 and torch.float32 in args:
+        if self.dtype == torch.float16 and torch.float32 in (*args, *named.values()):
             converted.append(self.numel())
         return to(self, *args, **named)
 

@@ -1134,6 +1134,15 @@ def autocast_rounds_what_masks_to_infinity(q: Tensor, k: Tensor, v: Tensor) -> T
         return F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
 
 
+@spelling("s*0.5 where n <= m else +min where n > m - 3 else +min where n <= m | n > m - 3 else 0row")
+def sdpa_with_two_masks_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    near = torch.arange(6) > torch.arange(6)[:, None] - 3
+    first, second = (
+        torch.zeros(6, 6, dtype=q.dtype).masked_fill(~x, torch.finfo(q.dtype).min) for x in (causal(6, 6), near)
+    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=first + second)
+
+
 @spelling("s*0.5 where n <= m else +min")
 def autocast_leaves_the_least_number_of_its_type(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.where(causal(6, 6), 0.0, torch.finfo(torch.bfloat16).min).to(q.dtype)

@@ -85,9 +85,11 @@ def test_what_stays_as_it_is(text: str) -> None:
 def test_no_large_bias_is_made_of_small_ones() -> None:
     pairs = parse_spec("a: f32[:, :, :]; pad: bool[:, :]; s + (a[h, m, n] + where(pad[b, n], 0.0, -5.0))")
     whole = parse_spec("a: f32[:, :, :, :]; s + 2.0*a[b, h, m, n]")
+    table = parse_spec("a: f32[:, :]; ids: i64[:, :]; s + a[(ids[b, m] - ids[b, n]) % 7, h]")
     small, large = Shape(8, 12, 12, 128, 128, 64, 64), Shape(32, 12, 12, 128, 128, 64, 64)
     assert written_bias(pairs, small) is not None
     assert written_bias(pairs, large) is None
+    assert written_bias(table, large) is None
     assert written_bias(whole, large) is not None
 
 

@@ -6,6 +6,7 @@ then lay out q, k and v.  A site that is not understood becomes a `missed` remar
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
@@ -536,6 +537,9 @@ def _sdpa_program(scope: Scope, node: fx.Node, body: Expr, mask: Any, axes: _Axe
             raise Miss("AF024", mask, f"the mask is {fake(mask).dtype}, the operands are {dtype}")
         program = rounded_mask(mask, element, program, dtype, greatest)
     tiers += [Tier(t.allowed, "0row") if t.fill == "-inf" else t for t in program.tiers]
+    added = [tier.allowed for tier in tiers if tier.fill == "+min"]
+    # twice the least number is -inf
+    tiers += [Tier(call("or", a, b), "0row") for a, b in itertools.combinations(added, 2)]
     infinite = Tier(call("ne", element, Const(float("-inf"))), "0row")
     if loads(element) and infinite not in tiers and not most(program.body, greatest) <= torch.finfo(dtype).max:
         # a dense mask may itself hold -inf, or arithmetic on data give it; NaN stays NaN

@@ -237,10 +237,10 @@ def _in_memory(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> Tens
         if last > x.shape[place]:
             return None
         x = x.narrow(place, first, last - first)
-        if axis == 3 and x.stride(place) not in (0, 1):
+        if axis == 3 and not _is_converted(work, x) and x.stride(place) not in (0, 1):
             return None
     if _is_converted(work, x) and 0 in x.stride():
-        # its strides would be others
+        # it would be larger
         return None
     if diagonals.along(plan.load) is not None:
         (m0, m1), (n0, n1) = ranges[2:]
@@ -266,10 +266,12 @@ def _where_it_is(work: Work, run: Run, rows: tuple[int, int], plan: _Plan) -> na
     x = _in_memory(work, run, rows, plan)
     if x is None or plan.load is None:
         return None
+    lead = _lead(plan.load)
     if _is_converted(work, x):
-        x = x.to(torch.float32)
+        keys = lead.index(3) if 3 in lead else -1
+        x = x.movedim(keys, -1).to(torch.float32, memory_format=torch.contiguous_format).movedim(-1, keys)
     strides = [0, 0, 0, 0]
-    for place, axis in enumerate(_lead(plan.load)):
+    for place, axis in enumerate(lead):
         strides[axis] = x.stride(place)
     offset = 0
     if diagonals.along(plan.load) is not None:

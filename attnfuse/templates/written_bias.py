@@ -41,13 +41,13 @@ _MOST_CELLS: Final = 1 << 21
 
 
 def written_bias(spec: AttentionSpec, shape: Shape) -> WrittenBias | None:
-    """The spec with its bias as a leaf, where it pays (see `_with_a_leaf`) and none of 2 M cells is made of smaller ones."""
+    """The spec with its bias as a leaf, where it pays: not one of more than 2 M cells that is made of smaller tensors."""
     found = _with_a_leaf(spec)
     if found is None:
         return None
     sizes = (shape.B, shape.H, shape.M, shape.N)
     cells = math.prod(sizes[axis] for axis in found.axes)
-    grows = all(len(varies(load)) < len(found.axes) for load in loads(found.bias))
+    grows = all(len(axes_of(load) or ()) < len(found.axes) for load in loads(found.bias))
     return None if grows and cells > _MOST_CELLS else found
 
 

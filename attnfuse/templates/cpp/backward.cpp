@@ -19,7 +19,7 @@ struct Room {
   long keys, values, key_rows;            // panels of keys, and keys as right operands
   long scores, slopes;                    // P and dP, then dS
   long weights_t, slopes_t, slopes_narrow;  // the same as pairs, for sums over rows and over keys
-  long dk, dv, delta, raise;
+  long dk, dv;
 
   explicit Room(const Call& c)
       : steps(halved(c.D)), steps_v(halved(c.Dv)), width(up(c.D, LANES)), width_v(up(c.Dv, LANES)) {
@@ -37,8 +37,6 @@ struct Room {
     slopes_narrow = take(PAIRS ? BLOCK_M * BLOCK_N / 2 : 0);
     dk = take(BLOCK_N * width);
     dv = take(BLOCK_N * width_v);
-    delta = take(c.H / c.Hkv * c.M);
-    raise = take(c.H / c.Hkv * c.M);
   }
   static long halved(long x) { return PAIRS ? (x + 1) / 2 : x; }
   long take(long floats) {
@@ -57,24 +55,29 @@ long parts_of(const Call& c) {
 template <bool PAIRS, class T>
 class Task {
  public:
-  Task(const Call& c, const Room<PAIRS>& room, float* memory, float* dq, long b, long kv)
-      : c_(c), room_(room), at_(memory), dq_(dq), b_(b), kv_(kv), group_(c.H / c.Hkv) {
+  Task(const Call& c, const Room<PAIRS>& room, float* memory, float* rows, float* dq, long b, long kv)
+      : c_(c), room_(room), at_(memory), delta_(rows), raise_(rows + c.B * c.H * c.M), dq_(dq), b_(b), kv_(kv), group_(c.H / c.Hkv) {
     general_ = c.bias != nullptr || c.mask != nullptr || c.cap != 0;
-    for (long g = 0; g < group_; ++g)
-      for (long m = 0; m < c.M; ++m) {
-        const T* dout = row(c.dout, head(g), m, c.dout_b, c.dout_h, c.dout_m);
-        const T* out = row(c.out, head(g), m, c.out_b, c.out_h, c.out_m);
-        __m512 sum = _mm512_setzero_ps();
-        for (long d = 0; d < c.Dv; d += LANES)
-          sum = _mm512_fmadd_ps(load(dout + d, lanes(c.Dv - d)), load(out + d, lanes(c.Dv - d)), sum);
-        float delta = _mm512_reduce_add_ps(sum);
-        if (c.dlse != nullptr) delta -= c.dlse[b * c.dlse_b + head(g) * c.dlse_h + m * c.dlse_m];
-        memory[room.delta + g * c.M + m] = delta;
-      }
-    std::fill_n(memory + room.raise, group_ * c.M, 1.0f);
-    if (c.whole)
-      for (long g = 0; g < group_; ++g)
-        for (long m0 = 0; m0 < c.M; m0 += BLOCK_M) normalise(g, m0, std::min(BLOCK_M, c.M - m0));
+  }
+
+  // What tasks need of the rows [m0, m0 + rows) of a head: sums of dout·out, less the gradient of lse, and factors of weights.
+  void prepare(long g, long m0, long rows) {
+    const long h = head(g);
+    bool large = false;
+    for (long m = m0; m < m0 + rows; ++m) {
+      const T* dout = row(c_.dout, h, m, c_.dout_b, c_.dout_h, c_.dout_m);
+      const T* out = row(c_.out, h, m, c_.out_b, c_.out_h, c_.out_m);
+      __m512 sum = _mm512_setzero_ps();
+      for (long d = 0; d < c_.Dv; d += LANES)
+        sum = _mm512_fmadd_ps(load(dout + d, lanes(c_.Dv - d)), load(out + d, lanes(c_.Dv - d)), sum);
+      float delta = _mm512_reduce_add_ps(sum);
+      if (c_.dlse != nullptr) delta -= c_.dlse[b_ * c_.dlse_b + h * c_.dlse_h + m * c_.dlse_m];
+      delta_[of(h, m)] = delta;
+      // a score that is +inf makes all gradients of its row NaN; else such a row has no weights
+      raise_[of(h, m)] = lse(h, m) == INF && std::isnan(delta) ? delta : 1.0f;
+      large |= is_large(lse(h, m));
+    }
+    if (large && c_.whole) normalise(g, m0, rows);
   }
 
   void run(long n0) {
@@ -129,13 +132,14 @@ class Task {
 
   float lse(long h, long m) const { return c_.lse[b_ * c_.lse_b + h * c_.lse_h + m]; }
 
-  // A log-sum-exp that is large has no digits for the number of keys: the weights of its row are summed once more.
+  long of(long h, long m) const { return (b_ * c_.H + h) * c_.M + m; }
+
+  // Whether exp(x - lse) has errors beyond those of a softmax that rounds x: in float32 twice theirs from about 64 on.
+  static bool is_large(float lse) { return std::abs(lse) > (sizeof(T) < sizeof(float) ? 8192.0f : 32.0f) && std::abs(lse) < INF; }
+
+  // A log-sum-exp that is large has few digits for the number of keys, or none: the weights of its row are summed once more.
   void normalise(long g, long m0, long rows) {
-    constexpr float MOST = sizeof(T) < sizeof(float) ? 8192.0f : 16.0f;
     const long h = head(g);
-    bool large = false;
-    for (long r = 0; r < rows; ++r) large |= std::abs(lse(h, m0 + r)) > MOST && std::abs(lse(h, m0 + r)) < INF;
-    if (!large) return;
     double sums[BLOCK_M] = {};
     float* p = at_ + room_.scores;
     pack_left<PAIRS>(row(c_.q, h, m0, c_.q_b, c_.q_h, c_.q_m), c_.q_m, c_.D, rows, room_.steps, at_ + room_.q);
@@ -158,7 +162,7 @@ class Task {
         }
     }
     for (long r = 0; r < rows; ++r)
-      if (sums[r] > 0 && sums[r] < INF) at_[room_.raise + g * c_.M + m0 + r] = static_cast<float>(1 / sums[r]);
+      if (is_large(lse(h, m0 + r)) && sums[r] > 0 && sums[r] < INF) raise_[of(h, m0 + r)] = static_cast<float>(1 / sums[r]);
   }
 
   // The columns of 16 from i on that row r of a block sees.
@@ -242,8 +246,7 @@ class Task {
   void slope(long g, long m, long r, long c0, long c1) {
     const long h = head(g);
     float *p = at_ + room_.scores + r * BLOCK_N, *ds = at_ + room_.slopes + r * BLOCK_N;
-    const __m512 delta = _mm512_set1_ps(at_[room_.delta + g * c_.M + m]);
-    const __m512 raise = _mm512_set1_ps(at_[room_.raise + g * c_.M + m]);
+    const __m512 delta = _mm512_set1_ps(delta_[of(h, m)]), raise = _mm512_set1_ps(raise_[of(h, m)]);
     const __m512 zero = _mm512_setzero_ps(), of_kept = _mm512_set1_ps(static_cast<float>(c_.kept));
     const Kept kept(c_, b_, h, m);
     float* given = c_.dscores == nullptr ? nullptr : dscores(g, m);
@@ -306,7 +309,7 @@ class Task {
 
   const Call& c_;
   const Room<PAIRS>& room_;
-  float *at_, *dq_;
+  float *at_, *delta_, *raise_, *dq_;
   const long b_, kv_, group_;
   long n0_ = 0, keys_ = 0;
   bool general_;
@@ -332,16 +335,24 @@ template <bool PAIRS, class T>
 void run(const Call& c) {
   const Room<PAIRS> room(c);
   const long parts = parts_of(c), group = c.H / c.Hkv, rows_of_head = group * c.M * room.width, heads = c.B * c.Hkv;
-  float* sums = c.scratch + c.threads * room.total;
+  const long blocks = up(c.M, BLOCK_M) / BLOCK_M;
+  float* rows = c.scratch + c.threads * room.total;
+  float* sums = rows + 2 * c.B * c.H * c.M;
 #pragma omp parallel num_threads(c.threads)
   {
     float* memory = c.scratch + omp_get_thread_num() * room.total;
+#pragma omp for schedule(dynamic)
+    for (long i = 0; i < heads * group * blocks; ++i) {
+      const long at = i / blocks / group, m0 = i % blocks * BLOCK_M;
+      Task<PAIRS, T>(c, room, memory, rows, nullptr, at / c.Hkv, at % c.Hkv)
+          .prepare(i / blocks % group, m0, std::min(BLOCK_M, c.M - m0));
+    }
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < heads * parts; ++i) {
       const long at = i / parts, part = i % parts, b = at / c.Hkv, kv = at % c.Hkv;
       float* dq = sums + (parts == 1 ? omp_get_thread_num() : i) * rows_of_head;
       std::fill_n(dq, rows_of_head, 0.0f);
-      Task<PAIRS, T> task(c, room, memory, dq, b, kv);
+      Task<PAIRS, T> task(c, room, memory, rows, dq, b, kv);
       for (long n = part * BLOCK_N; n < c.N; n += parts * BLOCK_N) task.run(n);
       if (parts == 1)
         for (long g = 0; g < group; ++g)
@@ -361,7 +372,7 @@ template <bool PAIRS>
 int64_t floats(const Call& c) {
   const Room<PAIRS> room(c);
   const long parts = parts_of(c), of_head = c.H / c.Hkv * c.M * room.width;
-  return c.threads * room.total + (parts == 1 ? c.threads : c.B * c.Hkv * parts) * of_head;
+  return c.threads * room.total + 2 * c.B * c.H * c.M + (parts == 1 ? c.threads : c.B * c.Hkv * parts) * of_head;
 }
 
 }  // namespace
