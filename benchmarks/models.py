@@ -121,7 +121,8 @@ class Step(Forward):
         def results() -> dict[str, Tensor]:
             model.eval()
             hidden = run()
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+            # compiled, parameters of an output that is not used have zeros, not compiled none
+            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
             return {"hidden": hidden, **gradients}
 
         return run, results
