@@ -121,7 +121,7 @@ class Step(Forward):
         def results() -> dict[str, Tensor]:
             model.eval()
             hidden = run()
-            # compiled, parameters of an output that is not used have zeros, not compiled none
+            # compiled, parameters of an output that is not used have zeros, else none
             gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
             return {"hidden": hidden, **gradients}
 
