@@ -1143,6 +1143,15 @@ def sdpa_with_two_masks_added(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v, attn_mask=first + second)
 
 
+@spelling("s*0.5 where n < m else +min where n < m - 1 else +min where n < m | n < m - 1 else 0row")
+def sdpa_with_all_keys_of_a_row_masked_twice(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    first, second = (
+        torch.zeros(6, 6, dtype=q.dtype).masked_fill(torch.ones(6, 6).triu(at).bool(), torch.finfo(q.dtype).min)
+        for at in (0, -1)
+    )
+    return F.scaled_dot_product_attention(q, k, v, attn_mask=first + second)[:, :, ::5]
+
+
 @spelling("s*0.5 where n <= m else +min")
 def autocast_leaves_the_least_number_of_its_type(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     mask = torch.where(causal(6, 6), 0.0, torch.finfo(torch.bfloat16).min).to(q.dtype)

@@ -256,7 +256,6 @@ class Gradients:
         self.wanted = frozenset(self.leaves)
         body = {load.leaf for load in loads(inputs.spec.program.body)}
         self.from_body = self.wanted & body
-        self._from_bias: bool | None = None
         self._copies: dict[str, Tensor] = {}
         self._tables: dict[tuple[str, tables.Lookup], Tensor] = {}
         self._delta: Tensor | None = None
@@ -306,10 +305,7 @@ class Gradients:
     @property
     def from_bias(self) -> bool:
         """Whether the bias of scores that are `f(s) + bias` gives gradients to leaves."""
-        if self._from_bias is None:
-            found = bool(self.from_body) and bias_slopes_of(self.work.inputs.text, self.from_body).loads
-            self._from_bias = bool(found)
-        return self._from_bias
+        return bool(self.from_body and bias_slopes_of(self.work.inputs.text, self.from_body).loads)
 
     def parts(self, run: Run) -> Iterable[Run]:
         """A run for some of its batches and heads at a time, as many as the gradients of their scores may be in memory."""
