@@ -28,7 +28,8 @@ _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f
 # A thread more has that many products to make: to start it, and to wait for it beside other work, costs more than fewer.
 _PRODUCTS: Final = 1 << 22
 # To pack keys and values costs more in float32 than fewer rows gain: with 2,048 of 4 x 16 heads 1 row takes 2.1 times, 32 rows 1.05
-# times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core). Of 64 x 8 heads with 48 keys 48 rows take 0.9 times.
+# times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core). With 48 keys of 64 x 8 heads 48 rows take 0.9
+# times as long in float32.
 _FEWEST_ROWS: Final = 48
 # `Call` of `common.h`
 _CALL: Final = struct.Struct("18P54q4d")
