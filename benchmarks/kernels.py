@@ -2,7 +2,7 @@
 
     python -m benchmarks.kernels
 
-Why attention goes to ours where it does (`attnfuse.templates.native.is_faster_in`). Prints the median times, in turn, and the speed
+Why attention goes to ours where it does (`attnfuse.templates.native.processor`). Prints the median times, in turn, and the speed
 relative to PyTorch's.
 """
 

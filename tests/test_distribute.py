@@ -178,7 +178,7 @@ def test_small_ones_are_left_alone(small: str) -> None:
 @pytest.mark.parametrize("ours", [False, True])
 def test_fewer_are_small_where_attnfuse_has_a_kernel(ours: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """36 scores a head: more than twice what `inline_scores` says, and less than sixteen times that."""
-    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: ours)
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD" if ours else "")
     remarks = check(difference, *given(), options={"inline_scores": 16}, gradients=False).remarks
     assert [remark.kind for remark in remarks] == ["fused" if ours else "declined"] * 2
 

@@ -138,11 +138,14 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
         return remark.code
 
     assert [code(called, 16, dtype) for dtype in (torch.bfloat16, torch.float32)] == ["AF001", "AF001"]
-    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: True)
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD")
     for dtype in (torch.bfloat16, torch.float32):
         assert [code(called, length, dtype) for length in (64, 65)] == ["AF011", "AF000"]
     assert [code(spelled, length, torch.float32) for length in (64, 65)] == ["AF011", "AF000"]
     assert [code(spelled, length, torch.bfloat16) for length in (256, 257)] == ["AF011", "AF000"]
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "Intel")
+    for fn in (called, spelled):
+        assert [code(fn, length, torch.bfloat16) for length in (22, 23)] == ["AF011", "AF000"]
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)

@@ -6,6 +6,7 @@ import logging
 import sys
 from collections import Counter
 from collections.abc import Iterator
+from functools import cache
 from typing import Any
 
 import pytest
@@ -23,6 +24,7 @@ from tests.families import Call, floats, hold_to_oracle, made
 from tests.numerics import assert_close
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+has_rows = native._has_rows
 served = pytest.mark.skipif(
     native.about().startswith("PyTorch's"), reason=f"attnfuse's kernels are not for this machine: {native.about()}"
 )
@@ -70,7 +72,7 @@ LEAVES: dict[str, Any] = {
 
 @pytest.fixture(autouse=True)
 def _any_size(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(native, "_FEWEST_ROWS", 1)
+    monkeypatch.setattr(native, "_has_rows", lambda *_: True)
     monkeypatch.setattr(native, "_PRODUCTS", 1)
 
 
@@ -553,13 +555,47 @@ def test_rows_of_many_documents_are_one_call(calls: Counter[str]) -> None:
     hold_to_oracle(call)
 
 
+_built_otherwise = cache(native._library.__wrapped__)
+
+
+@pytest.fixture
+def otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Kernels that multiply bfloat16 in pairs where those of this machine do not, and the other way round."""
+    on = native.processor()
+    assert on is not None
+    monkeypatch.setattr(native, "processor", lambda: on._replace(pairs=not on.pairs))
+    monkeypatch.setattr(native, "_library", _built_otherwise)
+
+
 @served
-@pytest.mark.parametrize(("dtype", "H", "M", "ours"), [("f32", 2, 63, 0), ("f32", 4, 32, 1), ("bf16", 2, 1, 1)])
+@pytest.mark.usefixtures("otherwise")
+@pytest.mark.parametrize("name", TEXTS)
+def test_the_other_products_of_bfloat16(name: str) -> None:
+    for shape in SHAPES if "dropout" not in name else SHAPES[:2]:
+        hold_to_oracle(call_of(name, shape, torch.bfloat16))
+
+
+@served
+@pytest.mark.parametrize("heads", [3, 4, 8, 9, 16, 17])
+def test_heads_apart_and_together(heads: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Threads take heads of their own where each has as many, or at least eight; two threads here."""
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 2)
+    for dtype in DTYPES:
+        hold_to_oracle(made("s*0.25 where n <= m else =min", Shape(1, 2 * heads, heads, 100, 130, 16, 16), (), dtype))
+
+
+@served
+@pytest.mark.parametrize(
+    ("dtype", "H", "M", "ours"), [("f32", 2, 63, 0), ("f32", 4, 32, 1), ("bf16", 2, 15, 0), ("bf16", 2, 16, 1)]
+)
 def test_few_rows_are_left_to_pytorchs_kernel(
     dtype: str, H: int, M: int, ours: int, calls: Counter[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """In float32, where fewer than 64 read the keys of a KV head."""
-    monkeypatch.setattr(native, "_FEWEST_ROWS", 64)
+    """Where fewer than 64 read the keys of a KV head in float32, 16 in narrower types."""
+    monkeypatch.setattr(native, "_has_rows", has_rows)
+    on = native.processor()
+    assert on is not None
+    monkeypatch.setattr(native, "processor", lambda: on._replace(fewest_rows=(64, 16)))
     call = made("s*0.125", Shape(1, H, 2, M, 300, 16, 16), (), torch.float32 if dtype == "f32" else torch.bfloat16)
     call.run()
     assert calls["forward"] == ours
@@ -593,23 +629,56 @@ def test_without_a_compiler_pytorchs_kernels_serve(
 
 
 @pytest.mark.parametrize(
-    ("vendor", "features", "expected"),
+    ("vendor", "flags", "features", "expected"),
     [
-        ("AuthenticAMD", {"avx512"}, DTYPES),
-        ("AuthenticAMD", {"avx512", "amx_tile"}, (torch.float32, torch.float16)),
-        ("AuthenticAMD", {"avx512", "amx_tile", "amx_fp16"}, (torch.float32,)),
-        ("AuthenticAMD", set(), ()),
-        ("GenuineIntel", {"avx512"}, ()),
+        ("AuthenticAMD", "avx512f", {"avx512"}, DTYPES),
+        ("AuthenticAMD", "avx512f", {"avx512", "amx_tile"}, (torch.float32, torch.float16)),
+        ("AuthenticAMD", "avx512f", {"avx512", "amx_tile", "amx_fp16"}, (torch.float32,)),
+        ("AuthenticAMD", "avx2", set(), ()),
+        ("GenuineIntel", "avx512f avx512_bf16 avx512_fp16", {"avx512"}, DTYPES),
+        ("GenuineIntel", "avx512f avx512_fp16 amx_tile", {"avx512", "amx_tile"}, (torch.float32, torch.float16)),
+        ("GenuineIntel", "avx512f avx512_bf16", {"avx512"}, ()),
+        ("GenuineIntel", "avx512_fp16", set(), ()),
+        ("", "avx512f avx512_fp16", {"avx512"}, ()),
     ],
 )
 def test_processors(
-    vendor: str, features: set[str], expected: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
+    vendor: str, flags: str, features: set[str], expected: tuple[torch.dtype, ...], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(native, "_processor", lambda: {"vendor_id": vendor})
+    monkeypatch.setattr(native, "_facts", lambda: {"vendor_id": vendor, "flags": flags})
     monkeypatch.setattr(native, "has", lambda feature: feature in features)
+    monkeypatch.setattr(native, "_has_rows", has_rows)
     monkeypatch.setattr(sys, "platform", "linux")
-    native.is_faster_in.cache_clear()
-    try:
-        assert tuple(dtype for dtype in (*DTYPES, torch.float64) if native.is_faster_in(dtype)) == expected
-    finally:
-        native.is_faster_in.cache_clear()
+    monkeypatch.setattr(native, "processor", native.processor.__wrapped__)
+    monkeypatch.setattr(native, "is_faster_in", native.is_faster_in.__wrapped__)
+    assert tuple(dtype for dtype in (*DTYPES, torch.float64) if native.is_faster_in(dtype)) == expected
+    name = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, "")
+    for dtype in DTYPES:
+        assert native.suits(dtype, 1000, 1000 * 1000) == (name if dtype in expected else "")
+
+
+@pytest.mark.parametrize(
+    ("on", "dtype", "rows", "scores", "suits"),
+    [
+        (native._AMD, torch.float32, 48, 1, True),
+        (native._AMD, torch.float32, 47, 1 << 20, False),
+        (native._AMD, torch.bfloat16, 1, 1, True),
+        (native._INTEL, torch.float32, 1000, 128 * 128, False),
+        (native._INTEL, torch.float32, 48, 128 * 128 + 1, True),
+        (native._INTEL, torch.float32, 47, 1 << 20, False),
+        (native._INTEL, torch.bfloat16, 16, 1, True),
+        (native._INTEL, torch.float16, 15, 1 << 20, False),
+    ],
+)
+def test_sizes(
+    on: native.Processor,
+    dtype: torch.dtype,
+    rows: int,
+    scores: int,
+    suits: bool,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(native, "processor", lambda: on)
+    monkeypatch.setattr(native, "is_faster_in", lambda dtype: True)
+    monkeypatch.setattr(native, "_has_rows", has_rows)
+    assert native.suits(dtype, rows, scores) == (on.name if suits else "")

@@ -27,7 +27,7 @@ class Target(NamedTuple):
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
         inline_scores: up to how many scores a head (M·N) an attention may be written out; 0 where it may not, as where sizes
             are symbolic.
-        native: whether attnfuse's own kernels for the CPU serve that type there, see `native`.
+        native: the processor, `AMD` or `Intel`, where attnfuse's own kernels for the CPU should serve, see `native.suits`.
         rounded: whether the model rounds q·kᵀ to that type.
     """
 
@@ -39,7 +39,7 @@ class Target(NamedTuple):
     unit_stride: bool = True
     arch: str = ""
     inline_scores: int = 0
-    native: bool = False
+    native: str = ""
     rounded: bool = False
 
 

@@ -1,8 +1,8 @@
 """attnfuse's own flash kernels for processors with AVX-512, `cpp`: built once a machine, through Inductor's cache.
 
 They serve `s*scale + bias`, softcapped or not, with dropout or without, where each row sees the keys from one to another, all of
-them or those that a mask allows.  PyTorch's kernel for the CPU, which serves the rest, multiplies with half of the processor's
-vectors in some types (`is_faster_in`).
+them or those that a mask allows, on processors on which they were measured to be faster (`is_faster_in`).  PyTorch's kernel for the
+CPU serves the rest.
 """
 
 from __future__ import annotations
@@ -27,12 +27,35 @@ _SOURCES: Final = Path(__file__).parent / "cpp"
 _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # A thread more has that many products to make: to start it, and to wait for it beside other work, costs more than fewer.
 _PRODUCTS: Final = 1 << 22
-# To pack keys and values costs more in float32 than fewer rows gain: with 2,048 of 4 x 16 heads 1 row takes 2.1 times, 32 rows 1.05
-# times as long as by PyTorch's kernel, in bfloat16 1/4 and 0.6 times (one core). With 48 keys of 64 x 8 heads 48 rows take 0.9
-# times as long in float32.
-_FEWEST_ROWS: Final = 48
 # `Call` of `common.h`
 _CALL: Final = struct.Struct("18P54q4d")
+
+
+class Processor(NamedTuple):
+    """A kind of processor on which these kernels were measured beside the library's: where they are as fast, or faster.
+
+    Args:
+        name: as users know it.
+        pairs: whether instructions for pairs of bfloat16 beat those for float32, of which each does half as much.
+        fewest_rows: from so many rows that read the keys of a KV head on, in float32 and in narrower types.
+        fewest_scores: from so many scores a head on, in float32.
+    """
+
+    name: str
+    pairs: bool
+    fewest_rows: tuple[int, int]
+    fewest_scores: int
+
+
+# With AVX-512.  The library leaves vectors unused: in float32 MKL takes AVX2's, in narrower types the kernel converts to float32.
+# To pack keys and values costs more in float32 than fewer rows gain: with 2,048 keys of 4 x 16 heads 1 row takes 2.1 times, 32 rows
+# 1.05 times as long as by the library's, in bfloat16 1/4 and 0.6 times; with 48 keys of 64 x 8 heads 48 rows take 0.9 times as long
+# in float32.
+_AMD: Final = Processor("AMD", pairs=True, fewest_rows=(48, 1), fewest_scores=0)
+# Since Sapphire Rapids, which has AVX-512 for float16.  The library takes whole vectors: in float32 ours take 0.85 to 1 times as
+# long, 0.5 to 0.8 where half of the keys are masked; up to 128 x 128 scores plain operators do better.  In bfloat16, 8 x 8 heads of
+# 512 tokens (D 64), the library takes 32 ms, ours 30 with pairs and 18 without.  8 rows take as long as the library's or longer.
+_INTEL: Final = Processor("Intel", pairs=False, fewest_rows=(48, 16), fewest_scores=16_385)
 
 
 class Keys(NamedTuple):
@@ -101,9 +124,11 @@ def _library(name: str) -> Any:
     try:
         from torch._inductor.codecache import CppCodeCache
 
-        source = "".join((_SOURCES / file).read_text() for file in ("common.h", f"{name}.cpp"))
+        on = processor()
+        source = f"#define FAST_PAIRS {int(on is not None and on.pairs)}\n"
+        source += "".join((_SOURCES / file).read_text() for file in ("common.h", f"{name}.cpp"))
         # what is built for one processor may stop another one that finds it in the same cache
-        source += f"// {_processor().get('flags', '')}\n"
+        source += f"// {_facts().get('flags', '')}\n"
         library = CppCodeCache.load(source, extra_flags=("-ffp-contract=off",))
         for dtype in _TYPES.values():
             run, floats = getattr(library, f"{name}_{dtype}"), getattr(library, f"{name}_floats_{dtype}")
@@ -126,7 +151,7 @@ def has(feature: str) -> bool:
 
 
 @cache
-def _processor() -> dict[str, str]:
+def _facts() -> dict[str, str]:
     """What Linux says of the first processor, nothing elsewhere."""
     try:
         lines = Path("/proc/cpuinfo").read_text().splitlines()
@@ -140,32 +165,51 @@ def _processor() -> dict[str, str]:
 
 
 @cache
-def is_faster_in(dtype: torch.dtype) -> bool:
-    """Whether the library's kernel is known to leave vectors of this processor unused in that type.
+def processor() -> Processor | None:
+    """The kind that this machine's processor is of, None where nothing was measured."""
+    if sys.platform != "linux" or not has("avx512"):
+        return None
+    vendor, flags = (_facts().get(key, "") for key in ("vendor_id", "flags"))
+    if vendor == "AuthenticAMD":
+        return _AMD
+    return _INTEL if vendor == "GenuineIntel" and "avx512_fp16" in flags.split() else None
 
-    So it is on those of AMD with AVX-512: in float32, as MKL takes AVX2's there, in bfloat16 and float16, as the kernel converts to
-    float32 where it finds no tiles (AMX) for them. On others nothing was measured, and the library serves.
+
+@cache
+def is_faster_in(dtype: torch.dtype) -> bool:
+    """Whether there is a size from which on these kernels are as fast as the library's in that type on this processor, or faster.
+
+    Tiles (AMX), where the library finds them for a type, are faster.
     """
-    if sys.platform != "linux" or not has("avx512") or _processor().get("vendor_id") != "AuthenticAMD":
-        return False
     tiles = {torch.float32: None, torch.bfloat16: "amx_tile", torch.float16: "amx_fp16"}
-    if dtype not in tiles:
+    if processor() is None or dtype not in tiles:
         return False
     needed = tiles[dtype]
     return needed is None or not has(needed)
 
 
-def suits(dtype: torch.dtype, rows: int) -> bool:
-    """Whether operands of that type should go to the forward kernel, where so many rows read the keys of a KV head.
+def suits(dtype: torch.dtype, rows: int, scores: int) -> str:
+    """The name of the processor if operands of that type should go to the forward kernel there, else nothing.
 
     It may turn out that it cannot be built, which is not tried for the answer.
+
+    Args:
+        rows: so many read the keys of a KV head.
+        scores: of a head.
     """
-    return (rows >= _FEWEST_ROWS or dtype != torch.float32) and is_faster_in(dtype)
+    on = processor()
+    enough = on is not None and (dtype != torch.float32 or scores >= on.fewest_scores) and _has_rows(on, dtype, rows)
+    return on.name if on is not None and enough and is_faster_in(dtype) else ""
+
+
+def _has_rows(on: Processor, dtype: torch.dtype, rows: int) -> bool:
+    return rows >= on.fewest_rows[dtype != torch.float32]
 
 
 def serves(dtype: torch.dtype, rows: int) -> bool:
-    """Whether they go there."""
-    return suits(dtype, rows) and _is_built(dtype)
+    """Whether operands of that type go to the forward kernel, where so many rows read the keys of a KV head."""
+    on = processor()
+    return on is not None and _has_rows(on, dtype, rows) and _is_built(dtype)
 
 
 @cache

@@ -23,10 +23,11 @@ struct Room {
 
   explicit Room(const Call& c)
       : steps(halved(c.D)), steps_v(halved(c.Dv)), width(up(c.D, LANES)), width_v(up(c.Dv, LANES)) {
-    q = take(BLOCK_M * up(steps, LANES));
-    dout = take(BLOCK_M * up(steps_v, LANES));
     q_rows = take(halved(BLOCK_M) * width);
     dout_rows = take(halved(BLOCK_M) * width_v);
+    // without pairs the rows are the same from either side
+    q = PAIRS ? take(BLOCK_M * steps) : q_rows;
+    dout = PAIRS ? take(BLOCK_M * steps_v) : dout_rows;
     keys = take(BLOCK_N * steps);
     values = take(BLOCK_N * steps_v);
     key_rows = take(halved(BLOCK_N) * width);
@@ -60,9 +61,9 @@ class Task {
     general_ = c.bias != nullptr || c.mask != nullptr || c.cap != 0;
   }
 
-  // What tasks need of the rows [m0, m0 + rows) of a head: sums of dout·out, less the gradient of lse, and factors of weights.
-  void prepare(long g, long m0, long rows) {
-    const long h = head(g);
+  // What tasks need of BLOCK_M rows of a head from m0 on: sums of dout·out, less the gradient of lse, and factors of weights.
+  void prepare(long g, long m0) {
+    const long h = head(g), rows = std::min(BLOCK_M, c_.M - m0);
     bool large = false;
     for (long m = m0; m < m0 + rows; ++m) {
       const T* dout = row(c_.dout, h, m, c_.dout_b, c_.dout_h, c_.dout_m);
@@ -83,14 +84,15 @@ class Task {
   void run(long n0) {
     const T* k = at_block(n0);
     const T* v = static_cast<const T*>(c_.v) + b_ * c_.v_b + kv_ * c_.v_h + n0 * c_.v_n;
-    for (long n = 0; n < BLOCK_N; n += PANEL) {
-      const long some = std::max(0L, std::min(PANEL, keys_ - n));
+    for (long n = 0; n < keys_; n += PANEL) {
+      const long some = std::min(PANEL, keys_ - n);
       pack_columns<PAIRS>(k + n * c_.k_n, c_.k_n, c_.D, some, room_.steps, at_ + room_.keys + n * room_.steps);
       pack_columns<PAIRS>(v + n * c_.v_n, c_.v_n, c_.Dv, some, room_.steps_v, at_ + room_.values + n * room_.steps_v);
     }
-    pack_rows<PAIRS>(k, c_.k_n, c_.D, keys_, BLOCK_N, room_.width, at_ + room_.key_rows);
-    std::fill_n(at_ + room_.dk, BLOCK_N * room_.width, 0.0f);
-    std::fill_n(at_ + room_.dv, BLOCK_N * room_.width_v, 0.0f);
+    const long padded = up(keys_, LANES);
+    pack_rows<PAIRS>(k, c_.k_n, c_.D, keys_, padded, room_.width, at_ + room_.key_rows);
+    std::fill_n(at_ + room_.dk, padded * room_.width, 0.0f);
+    std::fill_n(at_ + room_.dv, padded * room_.width_v, 0.0f);
     for (long g = 0; g < group_; ++g)
       for (long m0 = 0; m0 < c_.M; m0 += BLOCK_M) {
         const long rows = std::min(BLOCK_M, c_.M - m0);
@@ -203,18 +205,21 @@ class Task {
     const T* q = row(c_.q, h, m0, c_.q_b, c_.q_h, c_.q_m);
     const T* dout = row(c_.dout, h, m0, c_.dout_b, c_.dout_h, c_.dout_m);
     float *left = at_ + room_.q, *left_v = at_ + room_.dout, *p = at_ + room_.scores, *ds = at_ + room_.slopes;
-    pack_left<PAIRS>(q, c_.q_m, c_.D, rows, room_.steps, left);
-    pack_left<PAIRS>(dout, c_.dout_m, c_.Dv, rows, room_.steps_v, left_v);
+    const long of_left = PAIRS ? room_.steps : room_.width, of_left_v = PAIRS ? room_.steps_v : room_.width_v;
+    if constexpr (PAIRS) {
+      pack_left<PAIRS>(q, c_.q_m, c_.D, rows, room_.steps, left);
+      pack_left<PAIRS>(dout, c_.dout_m, c_.Dv, rows, room_.steps_v, left_v);
+    }
     pack_rows<PAIRS>(q, c_.q_m, c_.D, rows, even, room_.width, at_ + room_.q_rows);
     pack_rows<PAIRS>(dout, c_.dout_m, c_.Dv, rows, even, room_.width_v, at_ + room_.dout_rows);
     for (long n = c0 / PANEL * PANEL; n < c1; n += PANEL)
       for (long r = 0; r < rows; r += GROUP) {
         const long some = std::min(GROUP, rows - r), vectors = up(std::min(PANEL, c1 - n), LANES) / LANES;
         for (long i = r; i < r + some; ++i) fetch_bias<T>(c_, b_, h, m0 + i, n0_ + n, std::min(n0_ + n + PANEL, c_.N));
-        product<PAIRS>(some, vectors, left + r * room_.steps, room_.steps, at_ + room_.keys + n * room_.steps, PANEL,
+        product<PAIRS>(some, vectors, left + r * of_left, of_left, at_ + room_.keys + n * room_.steps, PANEL,
                        room_.steps, p + r * BLOCK_N + n, BLOCK_N, false);
-        product<PAIRS>(some, vectors, left_v + r * room_.steps_v, room_.steps_v,
-                       at_ + room_.values + n * room_.steps_v, PANEL, room_.steps_v, ds + r * BLOCK_N + n, BLOCK_N, false);
+        product<PAIRS>(some, vectors, left_v + r * of_left_v, of_left_v, at_ + room_.values + n * room_.steps_v, PANEL,
+                       room_.steps_v, ds + r * BLOCK_N + n, BLOCK_N, false);
       }
     for (long r = 0; r < rows; ++r) slope(g, m0 + r, r, c0, c1);
     if (rows < even)
@@ -341,11 +346,12 @@ void run(const Call& c) {
 #pragma omp parallel num_threads(c.threads)
   {
     float* memory = c.scratch + omp_get_thread_num() * room.total;
+    if (parts > 1) {
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < heads * group * blocks; ++i) {
-      const long at = i / blocks / group, m0 = i % blocks * BLOCK_M;
-      Task<PAIRS, T>(c, room, memory, rows, nullptr, at / c.Hkv, at % c.Hkv)
-          .prepare(i / blocks % group, m0, std::min(BLOCK_M, c.M - m0));
+      for (long i = 0; i < heads * group * blocks; ++i) {
+        const long at = i / blocks / group;
+        Task<PAIRS, T>(c, room, memory, rows, nullptr, at / c.Hkv, at % c.Hkv).prepare(i / blocks % group, i % blocks * BLOCK_M);
+      }
     }
 #pragma omp for schedule(dynamic)
     for (long i = 0; i < heads * parts; ++i) {
@@ -353,6 +359,7 @@ void run(const Call& c) {
       float* dq = sums + (parts == 1 ? omp_get_thread_num() : i) * rows_of_head;
       std::fill_n(dq, rows_of_head, 0.0f);
       Task<PAIRS, T> task(c, room, memory, rows, dq, b, kv);
+      for (long row = 0; parts == 1 && row < group * blocks; ++row) task.prepare(row / blocks, row % blocks * BLOCK_M);
       for (long n = part * BLOCK_N; n < c.N; n += parts * BLOCK_N) task.run(n);
       if (parts == 1)
         for (long g = 0; g < group; ++g)

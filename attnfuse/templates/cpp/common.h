@@ -1,7 +1,7 @@
 // What the kernels of this folder share: attention on processors with AVX-512, see templates/native.py.
 //
-// Packed numbers have 32 bits: a float, or, where the processor multiplies bfloat16 in vectors, a pair of them that belong to
-// neighbouring terms of a sum (PAIRS).
+// Packed numbers have 32 bits: a float, or, where the processor multiplies bfloat16 in vectors, and faster than floats, a pair of
+// them that belong to neighbouring terms of a sum (PAIRS).
 #ifndef __AVX512F__
 #error "no AVX-512"
 #endif
@@ -16,7 +16,7 @@
 #include <limits>
 #include <type_traits>
 
-#ifdef __AVX512BF16__
+#if defined(__AVX512BF16__) && FAST_PAIRS
 #define HAS_PAIRS 1
 #else
 #define HAS_PAIRS 0

@@ -199,65 +199,94 @@ class Block {
   Range seen_[BLOCK_M];
 };
 
-// KV heads whose keys and values are packed at a time: what the caches hold, and no fewer than give each thread a block of rows.
-template <bool PAIRS, class T>
-long heads_at_a_time(const Call& c) {
+// Whether each thread takes KV heads of its own, so that none waits for another or reads what another one's caches hold: where
+// there are some for each, and as many, or so many that one more does not matter.
+inline bool apart(const Call& c) {
+  const long heads = c.B * c.Hkv;
+  return heads >= 8 * c.threads || (heads >= 4 * c.threads && heads % c.threads == 0);
+}
+
+// KV heads whose keys and values are packed together, for all threads: what the caches hold, and no fewer than give each thread a
+// block of rows.
+template <bool PAIRS>
+long heads_together(const Call& c) {
   const long head = std::max(1L, Packed<PAIRS>(c).head), tasks = std::max(1L, c.H / c.Hkv * (up(c.M, BLOCK_M) / BLOCK_M));
   return std::min(c.B * c.Hkv, std::max(PACKED / head, (c.threads + tasks - 1) / tasks));
+}
+
+// The panel of KV head (b, h) that begins at key n, where some row sees one of its keys.
+template <bool PAIRS, class T>
+void pack(const Call& c, const Packed<PAIRS>& packed, Range seen, long b, long h, long n, float* head) {
+  // keys that no row sees may hold anything, and stand for zeros where they share a panel with others
+  const long keys = std::clamp(seen.last - n, 0L, PANEL);
+  if (keys == 0 || n + PANEL <= seen.first) return;
+  const T* k = static_cast<const T*>(c.k) + b * c.k_b + h * c.k_h + n * c.k_n;
+  const T* v = static_cast<const T*>(c.v) + b * c.v_b + h * c.v_h + n * c.v_n;
+  pack_columns<PAIRS>(k, c.k_n, c.D, keys, packed.steps, head + n * packed.steps);
+  head += packed.keys * packed.steps + packed.rows_of(n) * packed.width;
+  pack_rows<PAIRS>(v, c.v_n, c.Dv, keys, PANEL, packed.width, head);
+}
+
+// Some rows of one of the `c.H / c.Hkv` heads that read KV head (b, h); `task` counts the blocks of all of them.
+template <bool PAIRS, class T>
+void attend(const Call& c, const Packed<PAIRS>& packed, long b, long h, long task, const float* head, float* scratch) {
+  const long blocks = up(c.M, BLOCK_M) / BLOCK_M;
+  // the last rows first: under a causal mask they take longest
+  const long m = (blocks - 1 - task % blocks) * BLOCK_M;
+  Block<PAIRS, T>(c, packed, b, h * (c.H / c.Hkv) + task / blocks, m, scratch).run(head, head + packed.keys * packed.steps);
 }
 
 template <bool PAIRS, class T>
 void run(const Call& c) {
   const Packed<PAIRS> packed(c);
   float* heads = c.scratch + c.threads * packed.block;
-  const long together = heads_at_a_time<PAIRS, T>(c);
   Range seen{c.N, 0};
   for (long m = 0; m < c.M; ++m) {
     const Range keys = seen_by(c, m);
     if (keys.first < keys.last) seen = {std::min(seen.first, keys.first), std::max(seen.last, keys.last)};
   }
-  const long all = c.B * c.Hkv, group = c.H / c.Hkv, blocks = up(c.M, BLOCK_M) / BLOCK_M, panels = packed.keys / PANEL;
+  const long all = c.B * c.Hkv, panels = packed.keys / PANEL, tasks = c.H / c.Hkv * (up(c.M, BLOCK_M) / BLOCK_M);
+  if (apart(c)) {
+#pragma omp parallel for schedule(dynamic) num_threads(c.threads)
+    for (long at = 0; at < all; ++at) {
+      const long b = at / c.Hkv, h = at % c.Hkv;
+      float* head = heads + omp_get_thread_num() * packed.head;
+      float* scratch = c.scratch + omp_get_thread_num() * packed.block;
+      for (long i = 0; i < panels; ++i) pack<PAIRS, T>(c, packed, seen, b, h, i * PANEL, head);
+      for (long i = 0; i < tasks; ++i) attend<PAIRS, T>(c, packed, b, h, i, head, scratch);
+    }
+    return;
+  }
+  const long together = heads_together<PAIRS>(c);
 #pragma omp parallel num_threads(c.threads)
   for (long start = 0; start < all; start += together) {
     const long some = std::min(together, all - start);
 #pragma omp for
     for (long i = 0; i < some * panels; ++i) {
-      const long at = i / panels, n = i % panels * PANEL, b = (start + at) / c.Hkv, h = (start + at) % c.Hkv;
-      const T* k = static_cast<const T*>(c.k) + b * c.k_b + h * c.k_h + n * c.k_n;
-      const T* v = static_cast<const T*>(c.v) + b * c.v_b + h * c.v_h + n * c.v_n;
-      float* to = heads + at * packed.head;
-      // keys that no row sees may hold anything, and stand for zeros where they share a panel with others
-      const long keys = std::clamp(seen.last - n, 0L, PANEL);
-      if (keys == 0 || n + PANEL <= seen.first) continue;
-      pack_columns<PAIRS>(k, c.k_n, c.D, keys, packed.steps, to + n * packed.steps);
-      to += packed.keys * packed.steps + packed.rows_of(n) * packed.width;
-      pack_rows<PAIRS>(v, c.v_n, c.Dv, keys, PANEL, packed.width, to);
+      const long at = i / panels, b = (start + at) / c.Hkv, h = (start + at) % c.Hkv;
+      pack<PAIRS, T>(c, packed, seen, b, h, i % panels * PANEL, heads + at * packed.head);
     }
 #pragma omp for schedule(dynamic)
-    for (long i = 0; i < some * group * blocks; ++i) {
-      const long at = i / (group * blocks), b = (start + at) / c.Hkv;
-      const long h = (start + at) % c.Hkv * group + i / blocks % group;
-      // the last rows first: under a causal mask they take longest
-      const long m = (blocks - 1 - i % blocks) * BLOCK_M;
-      const float* keys = heads + at * packed.head;
-      Block<PAIRS, T>(c, packed, b, h, m, c.scratch + omp_get_thread_num() * packed.block)
-          .run(keys, keys + packed.keys * packed.steps);
+    for (long i = 0; i < some * tasks; ++i) {
+      const long at = i / tasks, b = (start + at) / c.Hkv, h = (start + at) % c.Hkv;
+      float* scratch = c.scratch + omp_get_thread_num() * packed.block;
+      attend<PAIRS, T>(c, packed, b, h, i % tasks, heads + at * packed.head, scratch);
     }
   }
 }
 
-template <bool PAIRS, class T>
+template <bool PAIRS>
 int64_t floats(const Call& c) {
   const Packed<PAIRS> packed(c);
-  return c.threads * packed.block + heads_at_a_time<PAIRS, T>(c) * packed.head;
+  return c.threads * packed.block + (apart(c) ? c.threads : heads_together<PAIRS>(c)) * packed.head;
 }
 
 }  // namespace
 
 // What a call needs in `scratch`, in floats, and the call itself.
-extern "C" int64_t forward_floats_f32(const Call* c) { return floats<false, float>(*c); }
-extern "C" int64_t forward_floats_f16(const Call* c) { return floats<false, f16>(*c); }
-extern "C" int64_t forward_floats_bf16(const Call* c) { return floats<HAS_PAIRS != 0, bf16>(*c); }
+extern "C" int64_t forward_floats_f32(const Call* c) { return floats<false>(*c); }
+extern "C" int64_t forward_floats_f16(const Call* c) { return floats<false>(*c); }
+extern "C" int64_t forward_floats_bf16(const Call* c) { return floats<HAS_PAIRS != 0>(*c); }
 extern "C" void forward_f32(const Call* c) { run<false, float>(*c); }
 extern "C" void forward_f16(const Call* c) { run<false, f16>(*c); }
 extern "C" void forward_bf16(const Call* c) { run<HAS_PAIRS != 0, bf16>(*c); }
