@@ -363,6 +363,9 @@ def _llama() -> Iterator[tuple[str, Case]]:
 def _models() -> Iterator[tuple[str, Case]]:
     for name, subject in FORWARD.items():
         yield f"model-{name}", Speed(subject, Target("at least", 0.97), _about_model(subject), starts=2)
+    for name, subject in FORWARD.items():
+        half = replace(subject, dtype=torch.bfloat16)
+        yield f"model-{name}-bf16", Speed(half, Target("at least", 0.97), _about_model(half))
     for name, step in TRAINED.items():
         for dtype, short in ((torch.float32, "fp32"), (torch.bfloat16, "bf16")):
             subject = replace(step, dtype=dtype)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.gate import SCALE
 from benchmarks.subjects import Variant
 
 VOCABULARY = 4096
@@ -120,12 +121,30 @@ class Step(Forward):
 
         def results() -> dict[str, Tensor]:
             model.eval()
-            hidden = run()
-            # compiled, parameters of an output that is not used have zeros, else none
-            gradients = {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
-            return {"hidden": hidden, **gradients}
+            if variant.exact:
+                return _with_scales(model, run)
+            return {"hidden": run(), **_gradients(model)}
 
         return run, results
+
+
+def _gradients(model: torch.nn.Module) -> dict[str, Tensor]:
+    # compiled, parameters of an output that is not used have zeros, else none
+    return {name: p.grad for name, p in model.named_parameters() if p.grad is not None and p.grad.any()}
+
+
+def _with_scales(model: torch.nn.Module, run: Callable[[], Tensor]) -> dict[str, Tensor]:
+    """The results of `run`, and for each gradient the greatest sum of the absolute terms that it adds up."""
+    from tests.harness import Terms
+    from tests.models import gradient_scales
+
+    with gradient_scales(model) as scales, Terms() as terms:
+        hidden = run()
+    found = {"hidden": hidden, **_gradients(model)}
+    for name, x in _gradients(model).items():
+        greatest = max(scales.get(name, 0.0), terms.greatest(x), float(x.abs().max()))
+        found[SCALE + name] = torch.tensor(greatest, dtype=torch.float64)
+    return found
 
 
 _WIDE = {**WIDTH, "intermediate_size": 1024}

@@ -110,6 +110,11 @@ class TestGate:
         assert "differ in what they hold" in gate.fault({}, {}, {})
         assert "differ in what they hold" in gate.fault({}, ORIGINAL, EXACT)
 
+    def test_gradients_are_judged_by_their_terms(self) -> None:
+        wrong = {"out": ORIGINAL["out"] + 0.25}
+        assert gate.fault(wrong, ORIGINAL, EXACT) != ""
+        assert gate.fault(wrong, ORIGINAL, {**EXACT, f"{gate.SCALE}out": torch.tensor(100.0)}) == ""
+
     def test_a_red_gate_leaves_no_speed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         case, timed = simulated(monkeypatch, {"attnfuse-eager": 0.25, "attnfuse-sdpa": 0.0})
         outcome = case.measure("case", Setting(4, tmp_path, lambda _: None))

@@ -5,7 +5,7 @@ import re
 import pytest
 import torch
 from hypothesis import given, settings
-from numerics import assert_close, gradient_scales
+from numerics import Errors, assert_close, assert_close_in_draws, gradient_scales
 from strategies import Case, cases
 
 from attnfuse.reference import attention
@@ -119,3 +119,27 @@ def test_a_gradient_that_is_zero_has_a_scale() -> None:
     (gradient,) = torch.autograd.grad(out, bias, x.dout)
     assert float(gradient.abs().max()) < 1e-14
     assert gradient_scales(spec, x.q, x.k, x.v, [bias], x.dout)["bias"] > 0.1
+
+
+class TestDraws:
+    def test_a_draw_beyond_the_limit_is_within_the_greatest_of_all(self) -> None:
+        draws = [Errors(0.5, 0.1, 1.0, 0.01), Errors(0.2, 0.3, 1.0, 0.01)]
+        assert draws[0].tested > draws[0].limit
+        assert_close_in_draws(draws)
+
+    def test_errors_are_shares_of_each_scale(self) -> None:
+        with pytest.raises(AssertionError, match=r"x: of 2 draws the greatest error, 5.000e-01 of the scale"):
+            assert_close_in_draws([Errors(0.5, 0.1, 1.0, 0.01), Errors(0.2, 3.0, 100.0, 0.01)], "x")
+
+    def test_what_is_wrong_in_every_draw(self) -> None:
+        with pytest.raises(AssertionError, match=r"above the limit 2.400e-01 = 2·1.000e-01"):
+            assert_close_in_draws([Errors(0.25, share, 1.0, 0.01) for share in (0.1, 0.08, 0.05)])
+
+    @pytest.mark.parametrize("tested", [0.0, 0.1, float("nan")])
+    def test_where_the_exact_result_is_zero(self, tested: float) -> None:
+        draws = [Errors(tested, 0.0, 0.0, 0.01), Errors(0.1, 0.1, 1.0, 0.01)]
+        if tested == 0:
+            assert_close_in_draws(draws)
+        else:
+            with pytest.raises(AssertionError):
+                assert_close_in_draws(draws)

@@ -9,13 +9,14 @@ from dataclasses import dataclass, field
 from typing import Any, Final
 
 import torch
+import torch._inductor.config
 from torch import Tensor, nn
 
 from attnfuse.backend import attnfuse, listening
 from attnfuse.remark import Report
 from tests import models, zoo
 from tests.harness import Terms
-from tests.numerics import assert_close
+from tests.numerics import Errors, assert_close, assert_close_in_draws, errors
 from tests.zoo.entry import Inputs
 
 DTYPES: Final = {"f32": torch.float32, "bf16": torch.bfloat16}
@@ -23,6 +24,8 @@ MODES: Final = ("inference", "training", "dropout")
 PROBABILITY: Final = 0.1
 # So small that no element is ever dropped: the graph is that of any other probability, the result that without dropout.
 NEVER: Final = 1e-9
+# Weights with which a bfloat16 model is compared whose errors are beyond the limit with its own.
+DRAWS: Final = 4
 
 
 @dataclass(frozen=True)
@@ -148,12 +151,26 @@ def found_in(cell: Cell, downstream: str = "aot_eager") -> list[Graph]:
 def compared(cell: Cell, downstream: str = "aot_eager") -> list[Graph]:
     """Compiles the cell's model, compares it with eager and with float64 by the numerics contract, and returns its graphs.
 
+    Where a bfloat16 model is beyond the limit the same is done with other weights, and the contract holds for all draws together.
+
     Raises:
         AssertionError: an output or a gradient is wrong.
     """
+    found, graphs = _measured(cell, build(cell, NEVER), downstream)
+    if any(not x.tested <= x.limit for x in found.values()):
+        others = [_measured(cell, moved(build(cell, NEVER), seed), downstream)[0] for seed in range(1, DRAWS)]
+        for key, first in found.items():
+            assert_close_in_draws([first, *(other[key] for other in others)], what=f"{cell.name} {key}")
+    return graphs
+
+
+def _measured(cell: Cell, model: nn.Module, downstream: str) -> tuple[dict[str, Errors], list[Graph]]:
+    """The errors of outputs and gradients; those of float32 are within the contract."""
     training = cell.mode != "inference"
-    model, given = build(cell, NEVER), cell.entry.inputs(cell.masked)
-    actual, graphs = compiled(model, given, training, cell.entry.dynamo, downstream)
+    given = cell.entry.inputs(cell.masked)
+    # Inductor's own random numbers are multiples of 2^-24, and zero is below every probability
+    with torch._inductor.config.patch(fallback_random=True):
+        actual, graphs = compiled(model, given, training, cell.entry.dynamo, downstream)
     original = results(model, given, training)
     if cell.entry.float64:
         exact, scales = models.exact(model, lambda double: _exactly(double, given, training))
@@ -161,10 +178,23 @@ def compared(cell: Cell, downstream: str = "aot_eager") -> list[Graph]:
         exact, scales = _exactly(copy.deepcopy(model).float(), given, training)
         exact = {key: value.double() for key, value in exact.items()}
     assert actual.keys() == original.keys() == exact.keys()
+    found = {}
     for key, value in exact.items():
-        scale = max(scales.get(key, 0.0), float(value.abs().max()))
-        assert_close(actual[key], original[key], value, scale, what=f"{cell.name} {key}")
-    return graphs
+        what, scale = f"{cell.name} {key}", max(scales.get(key, 0.0), float(value.abs().max()))
+        if cell.dtype == "f32":
+            assert_close(actual[key], original[key], value, scale, what)
+        found[key] = errors(actual[key], original[key], value, scale, what)
+    return found, graphs
+
+
+def moved(model: nn.Module, seed: int) -> nn.Module:
+    """The model with each weight moved by up to an eighth of itself."""
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            share = torch.rand(parameter.shape, generator=generator, dtype=torch.float32).sub_(0.5).div_(4)
+            parameter.mul_(1 + share.to(parameter.dtype))
+    return model
 
 
 def _exactly(wide: nn.Module, given: Inputs, training: bool) -> tuple[dict[str, Tensor], dict[str, float]]:

@@ -135,24 +135,26 @@ inline __m512 multiply_add(__m512 a, __m512 b, __m512 c) {
   return _mm512_fmadd_ps(a, b, c);
 }
 
+// Sums stay in registers where all loops over them are unrolled, which compilers do not do by themselves.
+#define UNROLL _Pragma("GCC unroll 8")
+
 template <bool PAIRS, bool ACROSS, int R, int C>
 void tile(const float* a, long lda, const float* b, long ldb, long steps, float* c, long ldc, bool add) {
   __m512 sums[R][C];
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_ps();
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int j = 0; j < C; ++j) sums[r][j] = _mm512_setzero_ps();
   for (long i = 0; i < steps; ++i) {
     __m512 row[C];
-    for (int j = 0; j < C; ++j) row[j] = _mm512_loadu_ps(b + i * ldb + j * LANES);
-    for (int r = 0; r < R; ++r) {
+    UNROLL for (int j = 0; j < C; ++j) row[j] = _mm512_loadu_ps(b + i * ldb + j * LANES);
+    UNROLL for (int r = 0; r < R; ++r) {
       const __m512 one = _mm512_set1_ps(ACROSS ? a[i * lda + r] : a[r * lda + i]);
-      for (int j = 0; j < C; ++j) sums[r][j] = multiply_add<PAIRS>(one, row[j], sums[r][j]);
+      UNROLL for (int j = 0; j < C; ++j) sums[r][j] = multiply_add<PAIRS>(one, row[j], sums[r][j]);
     }
   }
-  for (int r = 0; r < R; ++r)
-    for (int j = 0; j < C; ++j) {
-      float* at = c + r * ldc + j * LANES;
-      _mm512_storeu_ps(at, add ? _mm512_add_ps(_mm512_loadu_ps(at), sums[r][j]) : sums[r][j]);
-    }
+  UNROLL for (int r = 0; r < R; ++r) UNROLL for (int j = 0; j < C; ++j) {
+    float* at = c + r * ldc + j * LANES;
+    if (add) sums[r][j] = _mm512_add_ps(_mm512_loadu_ps(at), sums[r][j]);
+    _mm512_storeu_ps(at, sums[r][j]);
+  }
 }
 
 using Tile = void (*)(const float*, long, const float*, long, long, float*, long, bool);

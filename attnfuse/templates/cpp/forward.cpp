@@ -200,10 +200,12 @@ class Block {
 };
 
 // Whether each thread takes KV heads of its own, so that none waits for another or reads what another one's caches hold: where
-// there are some for each, and as many, or so many that one more does not matter.
-inline bool apart(const Call& c) {
+// there are some for each, and as many, or so many that one more does not matter, and its cache holds one.
+template <bool PAIRS>
+bool apart(const Call& c) {
   const long heads = c.B * c.Hkv;
-  return heads >= 8 * c.threads || (heads >= 4 * c.threads && heads % c.threads == 0);
+  const bool enough = heads >= 8 * c.threads || (heads >= 4 * c.threads && heads % c.threads == 0);
+  return enough && Packed<PAIRS>(c).head <= PACKED;
 }
 
 // KV heads whose keys and values are packed together, for all threads: what the caches hold, and no fewer than give each thread a
@@ -246,7 +248,7 @@ void run(const Call& c) {
     if (keys.first < keys.last) seen = {std::min(seen.first, keys.first), std::max(seen.last, keys.last)};
   }
   const long all = c.B * c.Hkv, panels = packed.keys / PANEL, tasks = c.H / c.Hkv * (up(c.M, BLOCK_M) / BLOCK_M);
-  if (apart(c)) {
+  if (apart<PAIRS>(c)) {
 #pragma omp parallel for schedule(dynamic) num_threads(c.threads)
     for (long at = 0; at < all; ++at) {
       const long b = at / c.Hkv, h = at % c.Hkv;
@@ -278,7 +280,7 @@ void run(const Call& c) {
 template <bool PAIRS>
 int64_t floats(const Call& c) {
   const Packed<PAIRS> packed(c);
-  return c.threads * packed.block + (apart(c) ? c.threads : heads_together<PAIRS>(c)) * packed.head;
+  return c.threads * packed.block + (apart<PAIRS>(c) ? c.threads : heads_together<PAIRS>(c)) * packed.head;
 }
 
 }  // namespace
