@@ -1,5 +1,6 @@
 """The numerics contract, the one measure of closeness in all tests: `assert_close`.  Its constants hold for every test."""
 
+import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
 
@@ -75,17 +76,17 @@ def errors(actual: Tensor, original: Tensor, exact: Tensor, scale: float | None 
 
 
 def assert_close_in_draws(draws: Sequence[Errors], what: str = "") -> None:
-    """The contract for results with several weights: of errors as shares of S, the greatest of all draws on either side.
+    """The contract for a result with several weights: of errors as shares of S, the median of either side.
 
-    For what amplifies every rounding, as gradients behind many layers in bfloat16: one draw of the original's error says little about
-    how great another may be.  What computes something else is beyond the limit in every draw.
+    For gradients that amplify roundings, behind many layers in bfloat16, or jump, where a rounding moves an activation over a kink:
+    one draw of the original's error says little about how great another may be.  What computes something else does so in most draws.
     """
     shares = [(x.tested / x.scale, x.original / x.scale) for x in draws if x.scale > 0]
-    tested, original = (max(column) for column in zip(*shares, strict=True)) if shares else (0.0, 0.0)
+    tested, original = (statistics.median(column) for column in zip(*shares, strict=True)) if shares else (0.0, 0.0)
     limit = ERROR_FACTOR * original + EPSILONS * max(x.eps for x in draws)
     if not (tested <= limit and all(x.tested <= x.limit for x in draws if x.scale == 0)):
         raise AssertionError(
-            f"{what or 'result'}: of {len(draws)} draws the greatest error, {tested:.3e} of the scale, is above the limit {limit:.3e} = "
+            f"{what or 'result'}: of {len(draws)} draws the median error, {tested:.3e} of the scale, is above the limit {limit:.3e} = "
             f"{ERROR_FACTOR}·{original:.3e} (error of the original) + {EPSILONS}·eps"
         )
 

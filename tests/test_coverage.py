@@ -13,6 +13,8 @@ from torch import Tensor, nn
 
 from attnfuse.remark import Remark, Report
 from tests import zoo
+from tests.numerics import Errors
+from tests.zoo import cells as ways
 from tests.zoo import coverage
 from tests.zoo.cells import Cell, Graph, cells, compiled, sample
 
@@ -183,6 +185,56 @@ def test_a_run_goes_on_where_the_last_one_stopped(ran: list[str], monkeypatch: p
     assert command(monkeypatch, "llama", "--again") == 0
     assert ran == llama[-2:] + llama
     assert set(coverage.read()) == set(llama)
+
+
+def test_what_stock_does_may_be_taken_from_the_rows(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    assert command(monkeypatch, "llama") == 0
+    before = coverage.read()
+
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        assert not with_stock
+        for cell in chosen:
+            found = row(cell, 4, seconds=1.0)
+            yield {key: value for key, value in found.items() if not key.startswith("stock")}
+
+    monkeypatch.setattr(coverage, "run", run)
+    assert command(monkeypatch, "llama", "--again", "--same-stock") == 0
+    after = coverage.read()
+    assert {name: {**one, "seconds": 1.0} for name, one in before.items()} == after
+
+
+class TestDraws:
+    """A cell with a result beyond the limit is judged with other weights too."""
+
+    WITHIN, BEYOND = Errors(0.1, 0.1, 1.0, 0.01), Errors(0.9, 0.1, 1.0, 0.01)
+
+    def compare(self, monkeypatch: pytest.MonkeyPatch, *found: Errors) -> int:
+        """The number of draws."""
+        given = iter(found)
+        drawn: list[nn.Module] = []
+
+        def measured(cell: Cell, model: nn.Module, downstream: str) -> tuple[dict[str, Errors], list[Graph]]:
+            drawn.append(model)
+            return {"output 0": self.WITHIN, "weight": next(given)}, [Graph(runs=len(drawn))]
+
+        monkeypatch.setattr(ways, "_measured", measured)
+        graphs = ways.compared(LLAMA)
+        assert [graph.runs for graph in graphs] == [1]
+        weights = [next(model.parameters()) for model in drawn]
+        assert all(torch.allclose(x, weights[0], rtol=0.13) for x in weights)
+        assert len({float(x.detach().double().sum()) for x in weights}) == len(drawn)
+        return len(drawn)
+
+    def test_one_is_enough_within_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.compare(monkeypatch, self.WITHIN) == 1
+
+    def test_one_beyond_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        assert self.compare(monkeypatch, self.BEYOND, *[self.WITHIN] * (ways.DRAWS - 1)) == ways.DRAWS
+
+    def test_wrong_in_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
+        some = ways.DRAWS // 2 + 1
+        with pytest.raises(AssertionError, match=f"{LLAMA.name} weight: of {ways.DRAWS} draws"):
+            self.compare(monkeypatch, *[self.BEYOND] * some, *[self.WITHIN] * (ways.DRAWS - some))
 
 
 def test_a_target_that_is_missed_fails(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:

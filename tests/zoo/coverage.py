@@ -295,6 +295,9 @@ def main() -> int:
     parser.add_argument("--sample", action="store_true", help="one cell of each model, compared with the rows on file")
     parser.add_argument("--table", action="store_true", help="print the totals of the rows on file")
     parser.add_argument("--again", action="store_true", help="also the cells that have a row")
+    parser.add_argument(
+        "--same-stock", action="store_true", help="take what stock does from the row on file, where there is one"
+    )
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes (default: one a core)")
     arguments = parser.parse_args()
     stored = read()
@@ -320,7 +323,7 @@ def main() -> int:
     commit = _commit()
     with Progress(console=console) as progress:
         task = progress.add_task("cells", total=len(chosen))
-        for found in run(chosen, arguments.jobs, with_stock=not arguments.sample):
+        for found in run(chosen, arguments.jobs, with_stock=not (arguments.sample or arguments.same_stock)):
             progress.advance(task)
             if "missing" in found:
                 missing.append(found["missing"])
@@ -329,6 +332,9 @@ def main() -> int:
                 if why := worse(found, stored.get(found["name"])):
                     complaints.append((found["name"], why))
                 continue
+            if arguments.same_stock:
+                before = stored.get(found["name"], {})
+                found |= {key: before[key] for key in before if key.startswith("stock")}
             ROWS.parent.mkdir(parents=True, exist_ok=True)
             with ROWS.open("a") as file:
                 file.write(json.dumps(found | {"commit": commit}) + "\n")
