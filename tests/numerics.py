@@ -1,5 +1,6 @@
 """The numerics contract, the one measure of closeness in all tests: `assert_close`.  Its constants hold for every test."""
 
+import math
 import statistics
 from collections.abc import Sequence
 from typing import NamedTuple
@@ -27,6 +28,16 @@ class Errors(NamedTuple):
     def limit(self) -> float:
         return ERROR_FACTOR * self.original + EPSILONS * self.eps * self.scale
 
+    @property
+    def within(self) -> bool:
+        return self.tested <= self.limit
+
+    def judge(self, what: str) -> None:
+        """`assert_close`, once the tensors are gone."""
+        if not self.within:
+            terms = f"{ERROR_FACTOR}·{self.original:.3e} (error of the original) + {EPSILONS}·{self.eps:.3e} (eps)·{self.scale:.3e} (scale)"
+            raise AssertionError(f"{what}: error {self.tested:.3e} is above the limit {self.limit:.3e} = {terms}")
+
 
 def assert_close(actual: Tensor, original: Tensor, exact: Tensor, scale: float | None = None, what: str = "") -> None:
     """Asserts max|actual - exact| <= 2·max|original - exact| + 4·eps(actual.dtype)·scale, with NaN and inf in the same places.
@@ -40,7 +51,7 @@ def assert_close(actual: Tensor, original: Tensor, exact: Tensor, scale: float |
         what: named in the failure message.
     """
     found = errors(actual, original, exact, scale, what)
-    if found.tested <= found.limit:
+    if found.within:
         return
     actual, original, exact = (x.detach().to("cpu", torch.float64) for x in (actual, original, exact))
     each = torch.where(exact.isfinite(), (actual - exact).abs(), 0.0)
@@ -57,7 +68,7 @@ def errors(actual: Tensor, original: Tensor, exact: Tensor, scale: float | None 
     """What `assert_close` compares.
 
     Raises:
-        AssertionError: shapes differ, or NaN and inf are not in the same places.
+        AssertionError: shapes differ, NaN and inf are not in the same places, or the scale is not finite.
     """
     name = what or "result"
     if not actual.shape == original.shape == exact.shape:
@@ -72,7 +83,10 @@ def errors(actual: Tensor, original: Tensor, exact: Tensor, scale: float | None 
     finite = exact.isfinite()
     of_each = (torch.where(finite, x, 0.0) for x in ((actual - exact).abs(), (original - exact).abs(), exact.abs()))
     tested, of_original, greatest = map(_greatest, of_each)
-    return Errors(tested, of_original, greatest if scale is None else scale, eps)
+    scale = greatest if scale is None else scale
+    if not math.isfinite(scale):
+        raise AssertionError(f"{name}: the scale is {scale}")
+    return Errors(tested, of_original, scale, eps)
 
 
 def assert_close_in_draws(draws: Sequence[Errors], what: str = "") -> None:
@@ -84,7 +98,7 @@ def assert_close_in_draws(draws: Sequence[Errors], what: str = "") -> None:
     shares = [(x.tested / x.scale, x.original / x.scale) for x in draws if x.scale > 0]
     tested, original = (statistics.median(column) for column in zip(*shares, strict=True)) if shares else (0.0, 0.0)
     limit = ERROR_FACTOR * original + EPSILONS * max(x.eps for x in draws)
-    if not (tested <= limit and all(x.tested <= x.limit for x in draws if x.scale == 0)):
+    if not (tested <= limit and all(x.within for x in draws if x.scale == 0)):
         raise AssertionError(
             f"{what or 'result'}: of {len(draws)} draws the median error, {tested:.3e} of the scale, is above the limit {limit:.3e} = "
             f"{ERROR_FACTOR}·{original:.3e} (error of the original) + {EPSILONS}·eps"

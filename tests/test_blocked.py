@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 import attnfuse.ops  # noqa: F401  (defines the operators)
 from attnfuse.reference import attention as reference
 from attnfuse.spec import Shape
-from attnfuse.templates import cover, dropout, flash_kernel, flash_step, plain_step
+from attnfuse.templates import cover, dropout, flash_kernel, flash_step, native, plain_step
 from attnfuse.templates.base import Cotangents, Inputs
 from attnfuse.templates.blocked import Blocked
 from tests.families import (
@@ -160,7 +160,7 @@ def test_a_type_that_the_kernel_is_slow_in(monkeypatch: pytest.MonkeyPatch, fast
     backward = flash_kernel._BACKWARD
     monkeypatch.setattr(flash_kernel, "_FORWARD", seeing(flash_kernel._FORWARD))
     monkeypatch.setattr(flash_kernel, "_BACKWARD", seeing(backward))
-    monkeypatch.setattr(flash_kernel, "is_slow_in", lambda dtype, backward: dtype == torch.float16 and not fast)
+    monkeypatch.setattr(native, "multiplies_float16", lambda: fast)
     for text in ("s*0.125", "s*0.125 where n <= m & n > m - 60 else -inf", "s*0.125 + 0.25*m where n < m else =min"):
         types.clear()
         hold_to_oracle(made(text, Shape(2, 4, 2, 400, 400, 16, 16), (), torch.float16))

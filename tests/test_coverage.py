@@ -192,8 +192,8 @@ def test_what_stock_does_may_be_taken_from_the_rows(ran: list[str], monkeypatch:
     before = coverage.read()
 
     def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
-        assert not with_stock
         for cell in chosen:
+            assert not with_stock
             found = row(cell, 4, seconds=1.0)
             yield {key: value for key, value in found.items() if not key.startswith("stock")}
 
@@ -203,23 +203,50 @@ def test_what_stock_does_may_be_taken_from_the_rows(ran: list[str], monkeypatch:
     assert {name: {**one, "seconds": 1.0} for name, one in before.items()} == after
 
 
+def test_stock_runs_where_it_failed_before(ran: list[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    coverage.ROWS.parent.mkdir()
+    first, *rest = cells("llama")
+    stored = [row(cell, 4) for cell in rest]
+    failed = {key: value for key, value in row(first, 4, stock_error="no").items() if not key.startswith("stock_k")}
+    del failed["stock"]
+    coverage.ROWS.write_text("".join(json.dumps(one) + "\n" for one in (failed, *stored)))
+    asked: dict[str, bool] = {}
+
+    def run(chosen: Sequence[Cell], jobs: int, *, with_stock: bool) -> Iterator[coverage.Row]:
+        for cell in chosen:
+            asked[cell.name] = with_stock
+            yield row(cell, 4)
+
+    monkeypatch.setattr(coverage, "run", run)
+    assert command(monkeypatch, "llama", "--again", "--same-stock") == 0
+    assert asked == {first.name: True} | {cell.name: False for cell in rest}
+    assert "stock_error" not in coverage.read()[first.name]
+
+
+def test_cells_judged_by_several_weights_are_named() -> None:
+    rows = [row(LLAMA, 4, draws=15), row(Cell("bert", *LLAMA.column[:3], masked=True), 4, draws=1)]
+    assert "1 of the models that are right are so by the medians" in coverage.table(rows)
+    assert "medians" not in coverage.table(rows[1:])
+
+
 class TestDraws:
     """A cell with a result beyond the limit is judged with other weights too."""
 
     WITHIN, BEYOND = Errors(0.1, 0.1, 1.0, 0.01), Errors(0.9, 0.1, 1.0, 0.01)
 
-    def compare(self, monkeypatch: pytest.MonkeyPatch, *found: Errors) -> int:
+    def compare(self, monkeypatch: pytest.MonkeyPatch, *found: Errors, key: str = "weight", cell: Cell = LLAMA) -> int:
         """The number of draws."""
         given = iter(found)
         drawn: list[nn.Module] = []
 
         def measured(cell: Cell, model: nn.Module, downstream: str) -> tuple[dict[str, Errors], list[Graph]]:
             drawn.append(model)
-            return {"output 0": self.WITHIN, "weight": next(given)}, [Graph(runs=len(drawn))]
+            return {"output 0": self.WITHIN, key: next(given)}, [Graph(runs=len(drawn))]
 
         monkeypatch.setattr(ways, "_measured", measured)
-        graphs = ways.compared(LLAMA)
+        graphs, draws = ways.compared(cell)
         assert [graph.runs for graph in graphs] == [1]
+        assert draws == len(drawn)
         weights = [next(model.parameters()) for model in drawn]
         assert all(torch.allclose(x, weights[0], rtol=0.13) for x in weights)
         assert len({float(x.detach().double().sum()) for x in weights}) == len(drawn)
@@ -230,6 +257,13 @@ class TestDraws:
 
     def test_one_beyond_the_limit(self, monkeypatch: pytest.MonkeyPatch) -> None:
         assert self.compare(monkeypatch, self.BEYOND, *[self.WITHIN] * (ways.DRAWS - 1)) == ways.DRAWS
+
+    @pytest.mark.parametrize(
+        ("key", "cell"), [("output 1", LLAMA), ("weight", Cell("llama", "eager", "training", "f32", True))]
+    )
+    def test_only_gradients_in_bfloat16(self, key: str, cell: Cell, monkeypatch: pytest.MonkeyPatch) -> None:
+        with pytest.raises(AssertionError, match=f"{cell.name} {key}: error 9.000e-01 is above the limit"):
+            self.compare(monkeypatch, self.BEYOND, *[self.WITHIN] * (ways.DRAWS - 1), key=key, cell=cell)
 
     def test_wrong_in_most(self, monkeypatch: pytest.MonkeyPatch) -> None:
         some = ways.DRAWS // 2 + 1

@@ -19,9 +19,10 @@ from attnfuse.remark import Report
 from attnfuse.spec import Shape
 from attnfuse.templates import diagonals
 from tests.families import SHAPES, floats, hold_to_oracle, made
-from tests.harness import Terms, check, randn, report_of
+from tests.harness import check, randn, report_of
 from tests.models import exact
 from tests.numerics import assert_close
+from tests.terms import Terms
 from tests.test_biases import Learned, added, attention
 
 M, H, D, BUCKETS = 136, 2, 8, 8

@@ -13,9 +13,10 @@ from attnfuse.passes import gathered
 from attnfuse.remark import Report
 from attnfuse.spec import Shape
 from tests.families import FAMILIES, hold_to_oracle, made
-from tests.harness import Terms, check, randn, report_of
+from tests.harness import check, randn, report_of
 from tests.models import exact
 from tests.numerics import assert_close
+from tests.terms import Terms
 from tests.test_biases import Learned, added, attention
 from tests.test_diagonals import final_graph, most_elements
 

@@ -568,6 +568,9 @@ def otherwise(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @served
+@pytest.mark.skipif(
+    "avx512_bf16" not in native._facts().get("flags", ""), reason="no instructions for pairs of bfloat16"
+)
 @pytest.mark.usefixtures("otherwise")
 @pytest.mark.parametrize("name", TEXTS)
 def test_the_other_products_of_bfloat16(name: str) -> None:
@@ -600,6 +603,26 @@ def test_few_rows_are_left_to_pytorchs_kernel(
     call.run()
     assert calls["forward"] == ours
     hold_to_oracle(call)
+
+
+@served
+@pytest.mark.parametrize("on", [native._AMD, native._INTEL], ids=lambda on: on.name)
+def test_float16_stays_what_it_is_for_our_kernel(on: native.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is converted for the library's where that is slow in it; here each block of rows is a call."""
+    monkeypatch.setattr(native, "_has_rows", has_rows)
+    monkeypatch.setattr(native, "processor", lambda: on)
+    monkeypatch.setattr(native, "multiplies_float16", lambda: False)
+    types: set[torch.dtype] = set()
+    run = native.forward
+
+    def seeing(q: Tensor, *args: Any) -> None:
+        types.add(q.dtype)
+        run(q, *args)
+
+    monkeypatch.setattr(native, "forward", seeing)
+    for text in ("s*0.125 where (n - m) % 3 == 0 else =min", "s*0.125 where n <= m else =min"):
+        hold_to_oracle(made(text, Shape(1, 4, 2, 300, 300, 16, 16), (), torch.float16))
+    assert types == {torch.float16}
 
 
 def test_without_a_compiler_pytorchs_kernels_serve(

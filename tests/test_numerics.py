@@ -144,3 +144,10 @@ class TestDraws:
         else:
             with pytest.raises(AssertionError):
                 assert_close_in_draws(draws)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_a_scale_that_is_not_finite_judges_nothing(scale: float) -> None:
+    x = torch.ones(3)
+    with pytest.raises(AssertionError, match=r"the scale is (nan|inf)"):
+        assert_close(x, x, x.double(), scale)

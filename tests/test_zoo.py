@@ -30,7 +30,7 @@ OTHERS = [cell for name in OF_A_KIND for cell in cells(name) if cell not in SOME
 
 
 def check(cell: Cell) -> None:
-    graphs = compared(cell)
+    graphs = compared(cell).graphs
     report = Report(()).merge(*(graph.report for graph in graphs))
     taken = sum(graph.runs * (len(graph.report.fused) + len(graph.report.kept)) for graph in graphs)
     assert taken == cell.entry.attentions, str(report)

@@ -47,15 +47,15 @@ def is_ours(inputs: Inputs, *, backward: bool = False) -> bool:
     return native.serves(dtype, rows) and (not backward or native.differentiates(dtype))
 
 
-def is_slow_in(dtype: torch.dtype, *, backward: bool) -> bool:
-    """Whether the library's kernel is called, and so slow in that type that operands are converted to float32 for it.
+def is_slow(inputs: Inputs, *, backward: bool) -> bool:
+    """Whether the library's kernel is called, and so slow in its type that operands are converted to float32 for it.
 
     It multiplies float16 without vectors where the processor has no instructions for it: causal squares of 512 rows, 8 heads, D 64,
     take 11 ns a cell forward and 139 backward on one core, in float32 5.6 and 14, in bfloat16 5.8 and 11.
     """
-    if dtype != torch.float16 or native.has("amx_fp16"):
+    if inputs.q.dtype != torch.float16 or native.multiplies_float16():
         return False
-    return not (native.differentiates(dtype) if backward else native.serves(dtype, 1))
+    return not is_ours(inputs, backward=backward)
 
 
 def unit_stride(x: Tensor) -> Tensor:

@@ -377,7 +377,7 @@ def _axes(work: Work, run: Run) -> tuple[int, int, int, int, int, int]:
 
 def _keys_and_values(work: Work, *, backward: bool) -> tuple[Tensor, Tensor]:
     """k and v as the kernel takes them, and q in their type."""
-    slow = flash_kernel.is_slow_in(work.inputs.q.dtype, backward=backward)
+    slow = flash_kernel.is_slow(work.inputs, backward=backward)
     return (work.k, work.v) if slow else (work.inputs.k, work.inputs.v)
 
 

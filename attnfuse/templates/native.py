@@ -165,6 +165,12 @@ def _facts() -> dict[str, str]:
 
 
 @cache
+def multiplies_float16() -> bool:
+    """Whether the processor has instructions for products of float16."""
+    return has("amx_fp16") or "avx512_fp16" in _facts().get("flags", "").split()
+
+
+@cache
 def processor() -> Processor | None:
     """The kind that this machine's processor is of, None where nothing was measured."""
     if sys.platform != "linux" or not has("avx512"):
@@ -198,8 +204,9 @@ def suits(dtype: torch.dtype, rows: int, scores: int) -> str:
         scores: of a head.
     """
     on = processor()
-    enough = on is not None and (dtype != torch.float32 or scores >= on.fewest_scores) and _has_rows(on, dtype, rows)
-    return on.name if on is not None and enough and is_faster_in(dtype) else ""
+    if on is None or not _has_rows(on, dtype, rows) or not is_faster_in(dtype):
+        return ""
+    return "" if dtype == torch.float32 and scores < on.fewest_scores else on.name
 
 
 def _has_rows(on: Processor, dtype: torch.dtype, rows: int) -> bool:

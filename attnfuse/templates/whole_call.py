@@ -103,7 +103,7 @@ class _Whole(NamedTuple):
 
 def _serves(inputs: Inputs, *, backward: bool) -> _Whole | None:
     found = _direct(inputs.text, inputs.shape, inputs.sizes)
-    if found is None or not fits(inputs) or flash_kernel.is_slow_in(inputs.q.dtype, backward=backward):
+    if found is None or not fits(inputs) or flash_kernel.is_slow(inputs, backward=backward):
         return None
     B, H, _, M, N, _, _ = inputs.shape
     cells = (0, B), (0, H), (0, M), (0, N)

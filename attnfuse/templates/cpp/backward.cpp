@@ -49,7 +49,7 @@ struct Room {
 
 // How many tasks share the keys of a head, so that all threads have some.
 long parts_of(const Call& c) {
-  const long heads = c.B * c.Hkv, blocks = up(c.N, BLOCK_N) / BLOCK_N;
+  const long heads = std::max(1L, c.B * c.Hkv), blocks = up(c.N, BLOCK_N) / BLOCK_N;
   return heads >= c.threads ? 1 : std::min({blocks, (c.threads + heads - 1) / heads, 8L});
 }
 
