@@ -677,20 +677,21 @@ def test_processors(
     assert tuple(dtype for dtype in (*DTYPES, torch.float64) if native.is_faster_in(dtype)) == expected
     name = {"AuthenticAMD": "AMD", "GenuineIntel": "Intel"}.get(vendor, "")
     for dtype in DTYPES:
-        assert native.suits(dtype, 1000, 1000 * 1000) == (name if dtype in expected else "")
+        assert native.suits(dtype, 1000, 1000 * 1000, 1) == (name if dtype in expected else "")
 
 
 @pytest.mark.parametrize(
-    ("on", "dtype", "rows", "scores", "suits"),
+    ("on", "dtype", "rows", "scores", "heads", "suits"),
     [
-        (native._AMD, torch.float32, 48, 1, True),
-        (native._AMD, torch.float32, 47, 1 << 20, False),
-        (native._AMD, torch.bfloat16, 1, 1, True),
-        (native._INTEL, torch.float32, 1000, 128 * 128, False),
-        (native._INTEL, torch.float32, 48, 128 * 128 + 1, True),
-        (native._INTEL, torch.float32, 47, 1 << 20, False),
-        (native._INTEL, torch.bfloat16, 16, 1, True),
-        (native._INTEL, torch.float16, 15, 1 << 20, False),
+        (native._AMD, torch.float32, 48, 1, 1, True),
+        (native._AMD, torch.float32, 47, 1 << 20, 1, False),
+        (native._AMD, torch.bfloat16, 1, 1, 1, True),
+        (native._INTEL, torch.float32, 1000, 128 * 128, 16, False),
+        (native._INTEL, torch.float32, 1000, 128 * 128, 17, True),
+        (native._INTEL, torch.float32, 48, 128 * 128 + 1, 1, True),
+        (native._INTEL, torch.float32, 47, 1 << 20, 100, False),
+        (native._INTEL, torch.bfloat16, 16, 1, 1, True),
+        (native._INTEL, torch.float16, 15, 1 << 20, 1, False),
     ],
 )
 def test_sizes(
@@ -698,10 +699,11 @@ def test_sizes(
     dtype: torch.dtype,
     rows: int,
     scores: int,
+    heads: int,
     suits: bool,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(native, "processor", lambda: on)
     monkeypatch.setattr(native, "is_faster_in", lambda dtype: True)
     monkeypatch.setattr(native, "_has_rows", has_rows)
-    assert native.suits(dtype, rows, scores) == (on.name if suits else "")
+    assert native.suits(dtype, rows, scores, heads) == (on.name if suits else "")

@@ -116,7 +116,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
     while outermost.outer is not None:
         outermost = outermost.outer
     given = [n.meta.get("example_value") for n in outermost.module.graph.find_nodes(op="placeholder")]
-    _, H, Hkv, M, N, *_ = what.shape
+    B, H, Hkv, M, N, *_ = what.shape
     served = q.device.type == "cpu" and site.dtype == fake(site.out).dtype and takes(what.spec)
     training = torch.is_grad_enabled() and any(isinstance(x, torch.Tensor) and x.requires_grad for x in given)
     return Target(
@@ -127,7 +127,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
-        native=suits(site.dtype, M * H // max(1, Hkv), M * N) if served else "",
+        native=suits(site.dtype, M * H // max(1, Hkv), M * N, B * H) if served else "",
         rounded=site.rounded,
     )
 

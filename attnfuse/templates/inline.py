@@ -18,6 +18,7 @@ from attnfuse.spec import AttentionSpec, Shape, parse_spec
 from attnfuse.templates.affine import added_mask, is_sum
 from attnfuse.templates.base import Target, Tiles
 from attnfuse.templates.evaluate import Block, Evaluator, Value
+from attnfuse.templates.native import MANY_SCORES
 
 
 def most_scores(shape: Shape, target: Target) -> int:
@@ -29,8 +30,9 @@ def most_scores(shape: Shape, target: Target) -> int:
     3.9.  A model's own products in bfloat16, which round the scores, are another matter: of 197 rows 2.4 ms by our kernel and 2.1
     written out, of 256 rows 3.2 and 3.5.
 
-    On those of Intel plain operators are faster in float32, and ours are not asked for (`native.suits`); in bfloat16 ours are
-    whoever rounds the scores: of 32 rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).
+    On those of Intel plain operators are faster in float32, and ours are asked for only where there are many heads
+    (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever rounds the scores: of 32
+    rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).
     """
     if not target.native:
         return target.inline_scores
@@ -38,7 +40,7 @@ def most_scores(shape: Shape, target: Target) -> int:
         return target.inline_scores // 32
     if target.dtype == "bf16" and target.rounded:
         return 4 * target.inline_scores
-    many = shape.B * shape.H * shape.M * shape.N > 16 * target.inline_scores
+    many = shape.B * shape.H * shape.M * shape.N > MANY_SCORES
     return target.inline_scores // (16 if many and not target.training else 4)
 
 

@@ -27,6 +27,8 @@ _SOURCES: Final = Path(__file__).parent / "cpp"
 _TYPES: Final = {torch.float32: "f32", torch.bfloat16: "bf16", torch.float16: "f16"}
 # A thread more has that many products to make: to start it, and to wait for it beside other work, costs more than fewer.
 _PRODUCTS: Final = 1 << 22
+# Scores of all heads of which there are many, to write out and to read: 1 MiB in float32.
+MANY_SCORES: Final = 1 << 18
 # `Call` of `common.h`
 _CALL: Final = struct.Struct("18P54q4d")
 
@@ -38,7 +40,8 @@ class Processor(NamedTuple):
         name: as users know it.
         pairs: whether instructions for pairs of bfloat16 beat those for float32, of which each does half as much.
         fewest_rows: from so many rows that read the keys of a KV head on, in float32 and in narrower types.
-        fewest_scores: from so many scores a head on, in float32.
+        fewest_scores: from so many scores a head on in float32, fewer where those of all heads do not fit the caches
+            (`MANY_SCORES`).
     """
 
     name: str
@@ -194,7 +197,7 @@ def is_faster_in(dtype: torch.dtype) -> bool:
     return needed is None or not has(needed)
 
 
-def suits(dtype: torch.dtype, rows: int, scores: int) -> str:
+def suits(dtype: torch.dtype, rows: int, scores: int, heads: int) -> str:
     """The name of the processor if operands of that type should go to the forward kernel there, else nothing.
 
     It may turn out that it cannot be built, which is not tried for the answer.
@@ -202,11 +205,13 @@ def suits(dtype: torch.dtype, rows: int, scores: int) -> str:
     Args:
         rows: so many read the keys of a KV head.
         scores: of a head.
+        heads: of all batches.
     """
     on = processor()
     if on is None or not _has_rows(on, dtype, rows) or not is_faster_in(dtype):
         return ""
-    return "" if dtype == torch.float32 and scores < on.fewest_scores else on.name
+    small = scores < on.fewest_scores and scores * heads <= MANY_SCORES
+    return "" if dtype == torch.float32 and small else on.name
 
 
 def _has_rows(on: Processor, dtype: torch.dtype, rows: int) -> bool:
