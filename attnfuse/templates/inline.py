@@ -31,8 +31,8 @@ def most_scores(shape: Shape, target: Target) -> int:
     written out, of 256 rows 3.2 and 3.5.
 
     On those of Intel plain operators are faster in float32, and ours are asked for only where there are many heads
-    (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever rounds the scores: of 32
-    rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).
+    (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever
+    rounds the scores: of 32 rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).
     """
     if not target.native:
         return target.inline_scores
