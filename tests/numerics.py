@@ -162,6 +162,13 @@ def gradient_scales(
         for probe, g in zip(probes, torch.autograd.grad(out, probes, dout, allow_unused=True), strict=True)
     ]
 
+    # a sink's gradient adds up weight·dout·out over D as well, which may cancel
+    products = dout * out.detach().nan_to_num(0.0, 0.0, 0.0)
+    cancelled = products.abs().sum(-1) / products.sum(-1).abs()
+    for at, (_, last) in enumerate(probed):
+        if last == Const(0):
+            terms[at] = terms[at] * cancelled.nan_to_num(1.0, 1.0, 1.0).clamp(min=1.0)[..., None]
+
     def per_kv_head(x: Tensor) -> Tensor:
         return x.reshape(B, Hkv, H // Hkv, *x.shape[2:]).sum(2)
 

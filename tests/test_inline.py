@@ -149,6 +149,41 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
+def test_biases_that_the_model_computes_for_each_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out on processors whose plain operators are fast; not where others read them, or where they are given."""
+
+    def computed(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + (q @ w)).softmax(-1) @ v
+
+    def shared(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
+        bias = q @ w
+        return (q @ k.mT + bias).softmax(-1) @ v, (k @ q.mT + bias).softmax(-1) @ v
+
+    def given(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        return (q @ k.mT + bias).softmax(-1) @ v
+
+    def of_keys(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + (k @ w[:, :1]).mT).softmax(-1) @ v
+
+    def codes(
+        fn: Callable[..., object], M: int = 200, dtype: torch.dtype = torch.float32, training: bool = False
+    ) -> set[str]:
+        q, k, v = (x.requires_grad_(training) for x in qkv(M=M, D=8, dtype=dtype))
+        last = torch.randn((*q.shape[:2], M, M) if fn is given else (8, M), dtype=dtype)
+        return {remark.code for remark in report_of(fn, q, k, v, last).remarks}
+
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "Intel")
+    assert codes(computed) == {"AF011"}
+    assert codes(computed, M=513) == {"AF000"}
+    assert codes(computed, dtype=torch.bfloat16) == {"AF000"}
+    assert codes(computed, training=True) == {"AF000"}
+    for fn in (shared, given, of_keys):
+        assert codes(fn) == {"AF000"}
+    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD")
+    assert codes(computed) == {"AF000"}
+
+
+@pytest.mark.parametrize("small", ["inline"], indirect=True)
 def test_a_plain_call_is_written_out_in_training() -> None:
     def called(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return F.scaled_dot_product_attention(q, k, v, is_causal=True)

@@ -129,7 +129,18 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         inline_scores=inline_scores if static else 0,
         native=suits(site.dtype, M * H // max(1, Hkv), M * N, B * H) if served else "",
         rounded=site.rounded,
+        cells=_computes_cells(what),
     )
+
+
+def _computes_cells(what: Meaning) -> bool:
+    """Whether the score reads a tensor that the graph makes, for it alone, with an element for each cell (DeBERTa's positions)."""
+    sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
+    read = [
+        load.leaf for load in loads(what.spec.program.body) if {"b", "h", "m", "n"} <= {str(i) for i in load.indices}
+    ]
+    nodes = [sources[leaf].node for leaf in read]
+    return any(node.op not in ("placeholder", "get_attr") and len(node.users) == 1 for node in nodes)
 
 
 def _is_plain(site: Site) -> bool:
