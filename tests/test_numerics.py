@@ -96,6 +96,19 @@ def test_gradient_scales_are_sums_of_absolute_terms() -> None:
     )
 
 
+def test_a_sink_adds_up_terms_over_the_depth_too() -> None:
+    """They cancel in `dout·out`, which the scale has to tell."""
+    spec = parse_spec("sinks: f32[:]; s sink sinks[h]")
+    x = Case(spec, Shape(2, 3, 3, 5, 6, 4, 7), 1).tensors(torch.float64)
+    q, k, v, sinks = (y.detach() for y in (x.q, x.k, x.v, *x.leaves))
+    sink = sinks[None, :, None, None].expand(2, 3, 5, 1)
+    weights = torch.cat([q @ k.mT, sink], -1).softmax(-1)
+    terms = weights[..., 6:] * x.dout * (weights[..., :6] @ v)
+    assert gradient_scales(spec, x.q, x.k, x.v, x.leaves, x.dout)["sinks"] == pytest.approx(
+        float(terms.abs().sum((0, 2, 3)).max())
+    )
+
+
 @settings(max_examples=60)
 @given(cases())
 def test_gradients_stay_below_their_scales(case: Case) -> None:

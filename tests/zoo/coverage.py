@@ -331,8 +331,9 @@ def main() -> int:
     commit = _commit()
     with Progress(console=console) as progress:
         task = progress.add_task("cells", total=len(chosen))
-        same = [cell for cell in chosen if arguments.same_stock and "stock" in stored.get(cell.name, {})]
-        others = [cell for cell in chosen if cell not in same]
+        known = {name for name, one in stored.items() if arguments.same_stock and "stock" in one}
+        same = [cell for cell in chosen if cell.name in known]
+        others = [cell for cell in chosen if cell.name not in known]
         rows = itertools.chain(
             run(same, arguments.jobs, with_stock=False), run(others, arguments.jobs, with_stock=not arguments.sample)
         )
