@@ -149,15 +149,26 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
-def test_biases_that_the_model_computes_for_each_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written out on processors whose plain operators are fast; not where others read them, or where they are given."""
+def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Written out on processors whose plain operators are fast; not those that others read, are given or only computed."""
 
-    def computed(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        return (q @ k.mT + (q @ w)).softmax(-1) @ v
+    def gathered(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        rows = torch.arange(w.shape[1] // 2)
+        distances = (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
+        return (q @ k.mT + torch.gather(q @ w, -1, distances) / 8).softmax(-1) @ v
 
     def shared(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        bias = q @ w
+        rows = torch.arange(w.shape[1] // 2)
+        bias = torch.gather(q @ w, -1, (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1))
         return (q @ k.mT + bias).softmax(-1) @ v, (k @ q.mT + bias).softmax(-1) @ v
+
+    def product(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + (q @ w[:, : k.shape[2]])).softmax(-1) @ v
+
+    def by_element(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (q @ k.mT + torch.sin(q[..., :1] * w[0, : k.shape[2]]) * torch.cos(k[..., 0])[:, :, None]).softmax(
+            -1
+        ) @ v
 
     def given(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return (q @ k.mT + bias).softmax(-1) @ v
@@ -169,18 +180,18 @@ def test_biases_that_the_model_computes_for_each_score(monkeypatch: pytest.Monke
         fn: Callable[..., object], M: int = 200, dtype: torch.dtype = torch.float32, training: bool = False
     ) -> set[str]:
         q, k, v = (x.requires_grad_(training) for x in qkv(M=M, D=8, dtype=dtype))
-        last = torch.randn((*q.shape[:2], M, M) if fn is given else (8, M), dtype=dtype)
+        last = torch.randn((*q.shape[:2], M, M) if fn is given else (8, 2 * M), dtype=dtype)
         return {remark.code for remark in report_of(fn, q, k, v, last).remarks}
 
     monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "Intel")
-    assert codes(computed) == {"AF011"}
-    assert codes(computed, M=513) == {"AF000"}
-    assert codes(computed, dtype=torch.bfloat16) == {"AF000"}
-    assert codes(computed, training=True) == {"AF000"}
-    for fn in (shared, given, of_keys):
+    assert codes(gathered) == {"AF011"}
+    assert codes(gathered, M=513) == {"AF000"}
+    assert codes(gathered, dtype=torch.bfloat16) == {"AF000"}
+    assert codes(gathered, training=True) == {"AF000"}
+    for fn in (shared, product, by_element, given, of_keys):
         assert codes(fn) == {"AF000"}
     monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD")
-    assert codes(computed) == {"AF000"}
+    assert codes(gathered) == {"AF000"}
 
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)

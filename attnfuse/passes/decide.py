@@ -14,10 +14,11 @@ import torch
 from torch import fx
 
 from attnfuse.passes.distribute import SUMMED
-from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, shape, source_line
+from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, packet, shape, source_line
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.site import Site
 from attnfuse.passes.spell import Meaning, meaning
+from attnfuse.passes.views import VIEWS
 from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
@@ -35,6 +36,9 @@ from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 # docs/design.md.
 _SUM: Final = 16
 _SUM_BY_OURS: Final = 2
+
+_GATHERS: Final = ("gather", "index", "index_select", "take_along_dim")
+_PASSED: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
 
 
 # None: the operator `attnfuse::attention` alone
@@ -129,18 +133,27 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         inline_scores=inline_scores if static else 0,
         native=suits(site.dtype, M * H // max(1, Hkv), M * N, B * H) if served else "",
         rounded=site.rounded,
-        cells=_computes_cells(what),
+        gathers=_gathers_cells(what),
     )
 
 
-def _computes_cells(what: Meaning) -> bool:
-    """Whether the score reads a tensor that the graph makes, for it alone, with an element for each cell (DeBERTa's positions)."""
+def _gathers_cells(what: Meaning) -> bool:
+    """Whether the score reads a tensor of its own, with an element for each cell, that the graph gathers (DeBERTa's positions)."""
     sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
-    read = [
+    of_cells = [
         load.leaf for load in loads(what.spec.program.body) if {"b", "h", "m", "n"} <= {str(i) for i in load.indices}
     ]
-    nodes = [sources[leaf].node for leaf in read]
-    return any(node.op not in ("placeholder", "get_attr") and len(node.users) == 1 for node in nodes)
+    pending = [sources[leaf].node for leaf in of_cells]
+    while pending:
+        node = pending.pop()
+        # what others read is computed anyway
+        if not isinstance(node.target, torch._ops.OpOverload) or len(node.users) > 1:
+            continue
+        if packet(node) in _GATHERS:
+            return True
+        if packet(node) in _PASSED or torch.Tag.pointwise in node.target.tags:
+            pending += node.all_input_nodes
+    return False
 
 
 def _is_plain(site: Site) -> bool:

@@ -29,7 +29,7 @@ class Target(NamedTuple):
             are symbolic.
         native: the processor, `AMD` or `Intel`, where attnfuse's own kernels for the CPU should serve, see `native.suits`.
         rounded: whether the model rounds q·kᵀ to that type.
-        cells: whether the model computes a number for each score, for this attention alone.
+        gathers: whether the model gathers a number for each score, for this attention alone.
     """
 
     device: str
@@ -42,7 +42,7 @@ class Target(NamedTuple):
     inline_scores: int = 0
     native: str = ""
     rounded: bool = False
-    cells: bool = False
+    gathers: bool = False
 
 
 class Tiles(NamedTuple):

@@ -33,14 +33,16 @@ def most_scores(shape: Shape, target: Target) -> int:
     On those of Intel plain operators are faster in float32, and ours are asked for only where there are many heads
     (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever
     rounds the scores: of 32 rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).  A bias that the model
-    computes for each score of one attention goes through memory for our kernel and not written out: DeBERTa with 2 x 512 tokens
-    takes 278 ms with ours and 268 without in float32, in training 744 and 764.
+    gathers for each score of one attention goes through memory for our kernel and not written out: DeBERTa with 2 x 512 tokens
+    takes 278 ms with ours and 268 without in float32, in training 744 and 764; one layer of 2 x 8 heads 0.91 to 0.95 of the time
+    at 192 to 512 tokens.  One that is a product of matrices does so either way, and what is computed by element costs less to
+    write than the scores do: 0.94 and 1.11 of the time at 384 tokens, 1.25 and 1.20 at 512.
     """
     if not target.native:
         return target.inline_scores
     if target.native == "Intel":
-        computed = target.cells and target.dtype == "f32" and not target.training
-        return 16 * target.inline_scores if computed else target.inline_scores // 32
+        gathered = target.gathers and target.dtype == "f32" and not target.training
+        return 16 * target.inline_scores if gathered else target.inline_scores // 32
     if target.dtype == "bf16" and target.rounded:
         return 4 * target.inline_scores
     many = shape.B * shape.H * shape.M * shape.N > MANY_SCORES
