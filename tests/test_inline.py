@@ -150,12 +150,18 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
 def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written out on processors whose plain operators are fast; not those that others read, are given or only computed."""
+    """Written out on processors whose plain operators are fast; not those that others read, are given or only computed, nor under a causal mask."""
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         rows = torch.arange(w.shape[1] // 2)
         distances = (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
         return (q @ k.mT + torch.gather(q @ w, -1, distances) / 8).softmax(-1) @ v
+
+    def causal(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        rows = torch.arange(w.shape[1] // 2)
+        distances = (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
+        scores = q @ k.mT + torch.gather(q @ w, -1, distances)
+        return scores.masked_fill(rows[:, None] < rows, float("-inf")).softmax(-1) @ v
 
     def shared(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
         rows = torch.arange(w.shape[1] // 2)
@@ -188,7 +194,7 @@ def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.Monkey
     assert codes(gathered, M=513) == {"AF000"}
     assert codes(gathered, dtype=torch.bfloat16) == {"AF000"}
     assert codes(gathered, training=True) == {"AF000"}
-    for fn in (shared, product, by_element, given, of_keys):
+    for fn in (causal, shared, product, by_element, given, of_keys):
         assert codes(fn) == {"AF000"}
     monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD")
     assert codes(gathered) == {"AF000"}

@@ -39,6 +39,8 @@ _SUM_BY_OURS: Final = 2
 
 _GATHERS: Final = ("gather", "index", "index_select", "take_along_dim")
 _PASSED: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
+# Rows and keys, about those that kernels for the CPU take at a time.
+_TILE: Final = (64, 64)
 
 
 # None: the operator `attnfuse::attention` alone
@@ -138,7 +140,10 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
 
 
 def _gathers_cells(what: Meaning) -> bool:
-    """Whether the score reads a tensor of its own, with an element for each cell, that the graph gathers (DeBERTa's positions)."""
+    """Whether the score reads a tensor of its own, with an element for each cell, that the graph gathers (DeBERTa's positions).
+
+    Not where indices alone decide that tiles are skipped (causal, windows), which gains more than a bias that is not written.
+    """
     sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
     of_cells = [
         load.leaf for load in loads(what.spec.program.body) if {"b", "h", "m", "n"} <= {str(i) for i in load.indices}
@@ -150,7 +155,7 @@ def _gathers_cells(what: Meaning) -> bool:
         if not isinstance(node.target, torch._ops.OpOverload) or len(node.users) > 1:
             continue
         if packet(node) in _GATHERS:
-            return True
+            return tiles_skipped(what.spec, what.shape, *_TILE) == 0.0
         if packet(node) in _PASSED or torch.Tag.pointwise in node.target.tags:
             pending += node.all_input_nodes
     return False
