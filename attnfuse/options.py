@@ -33,8 +33,8 @@ class Options:
       dump: folder that receives the graph after each pass, as numbered readable files.
       verify: run each attention that was found against its replacement at compile time, at small sizes.
       inline_scores: up to how many scores a head (queries times keys) an attention of static size on the CPU is written out
-        for Inductor instead of becoming a call of PyTorch's kernel; 0 for none. Where attnfuse has its own, a quarter of
-        that, or four times as many in bfloat16 where the model rounds its scores to it.
+        for Inductor instead of becoming a call of PyTorch's kernel; 0 for none. Where attnfuse has its own, a multiple or a
+        fraction of that: `templates.inline.most_scores`.
       inductor_attention_patterns: let Inductor's own attention patterns loose on the graphs that attnfuse has analysed.
       inductor: config patches for Inductor, those of `mode=` first.
 

@@ -9,12 +9,13 @@ import sys
 import tempfile
 import time
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from rich.console import Console
 
 from benchmarks import machine, results
-from benchmarks.cases import CASES, Outcome, Say, Setting
+from benchmarks.cases import CASES, Outcome, Say, Setting, Speed
 from benchmarks.results import Result
 
 PAIRS, QUICK = 15, 3
@@ -32,6 +33,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--again", action="store_true", help="measure also what has a result of this commit and machine"
     )
+    parser.add_argument(
+        "--starts", type=int, metavar="N", help="start the processes of a case at most N times: faster, and less sure"
+    )
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (default: benchmarks/results)")
     parser.add_argument("--list", action="store_true", help="list the cases and stop")
     parser.add_argument("--show", action="store_true", help="print the results that there are and stop")
@@ -42,6 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     names = [name for name in CASES if not chosen.only or any(part in name for part in chosen.only)]
     if not names:
         parser.error(f"no case holds {' or '.join(map(repr, chosen.only))}; there are {', '.join(CASES)}")
+    if chosen.starts is not None and chosen.starts < 1:
+        parser.error(f"--starts {chosen.starts}: at least 1")
     if chosen.list:
         for name in names:
             console.print(f"{name}\n    {CASES[name].about}", highlight=False, soft_wrap=True)
@@ -53,18 +59,27 @@ def main(arguments: Sequence[str] | None = None) -> int:
             found = [result for name in names if (result := results.load(place / f"{name}.json"))]
             print_table(console, found)
         return 0
-    found = list(measured(names, chosen.quick, chosen.again, folder, console))
+    found = list(measured(names, chosen.quick, chosen.again, folder, console, chosen.starts))
     print_table(console, found)
     bad = ("wrong results", "fail")
     return int(any(row.verdict in bad for result in found for row in result.outcome.rows))
 
 
-def measured(names: Sequence[str], quick: bool, again: bool, folder: Path | None, console: Console) -> Iterator[Result]:
+def measured(
+    names: Sequence[str],
+    quick: bool,
+    again: bool,
+    folder: Path | None,
+    console: Console,
+    most_starts: int | None = None,
+) -> Iterator[Result]:
     where, versions, commit = machine.machine(), machine.versions(), machine.commit()
     today = datetime.date.today().isoformat()
     for number, name in enumerate(names):
         case = CASES[name]
-        plan = Result(name, case.about, Outcome(()), QUICK if quick else PAIRS, today, commit, where, versions)
+        starts = case.starts if isinstance(case, Speed) else 1
+        starts = min(starts, most_starts or starts)
+        plan = Result(name, case.about, Outcome(()), QUICK if quick else PAIRS, today, commit, where, versions, starts)
         file = results.path(folder, where, name) if folder else None
         known = results.load(file) if file and not again else None
         title = f"{number + 1}/{len(names)} {name}"
@@ -73,8 +88,8 @@ def measured(names: Sequence[str], quick: bool, again: bool, folder: Path | None
             yield known
             continue
         with tempfile.TemporaryDirectory(prefix="attnfuse-benchmarks-") as scratch, progress(title) as say:
-            outcome = case.measure(name, Setting(plan.pairs, Path(scratch), say))
-        result = Result(name, case.about, outcome, plan.pairs, today, commit, where, versions)
+            outcome = case.measure(name, Setting(plan.pairs, plan.starts, Path(scratch), say))
+        result = replace(plan, outcome=outcome)
         for row in outcome.rows:
             console.print(f"{title}: {'  '.join(results.cells(row))}", highlight=False, soft_wrap=True)
             if row.note:

@@ -49,9 +49,10 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Setting:
-    """How a case is run: pairs of samples, a folder for caches and results, and where progress goes."""
+    """How a case is run: pairs of samples, starts of the processes, a folder for caches and results, and where progress goes."""
 
     pairs: int
+    starts: int
     folder: Path
     say: Say
 
@@ -98,15 +99,15 @@ class Speed:
         right = [ours for ours in self.ours if not wrong[ours]]
         variants = (*(("eager",) if self.uncompiled else ()), *self.stock, *self.peers, *right)
         samples: Samples = {variant: [] for variant in variants}
-        for start in range(self.starts):
+        for start in range(setting.starts):
             with ExitStack() as stack:
                 processes = {}
                 # what is started later has the memory that is left
                 for variant in variants[::-1] if start % 2 else variants:
-                    setting.say(f"start {start + 1} of {self.starts}: {variant}")
+                    setting.say(f"start {start + 1} of {setting.starts}: {variant}")
                     processes[variant] = stack.enter_context(_worker(setting, name, variant))
                 rounds = setting.pairs * self.rounds
-                part = rounds * (start + 1) // self.starts - rounds * start // self.starts
+                part = rounds * (start + 1) // setting.starts - rounds * start // setting.starts
                 for variant, found in _in_turn(processes, replace(setting, pairs=part)).items():
                     samples[variant].extend(found)
         best = _best(samples, self.stock)

@@ -27,6 +27,7 @@ class Result:
         pairs: asked for; compile times with empty caches have five, or three beside those of the passes, and a figure that is
             counted, not timed, has one sample.
         commit: with "+" where the tree differed from it.
+        starts: how often the processes were started anew; 0 where it was not recorded.
     """
 
     case: str
@@ -37,6 +38,7 @@ class Result:
     commit: str
     machine: Mapping[str, str | int]
     versions: Mapping[str, str]
+    starts: int = 0
 
     def to_json(self) -> str:
         data = {"schema": SCHEMA, **asdict(self)}
@@ -66,7 +68,7 @@ class Result:
 
     def still_holds(self, other: Self) -> bool:
         """Whether measuring what `other` describes would measure the same again."""
-        same = ("case", "about", "pairs", "commit", "machine", "versions")
+        same = ("case", "about", "pairs", "starts", "commit", "machine", "versions")
         return bool(self.commit) and "+" not in self.commit and all(getattr(self, x) == getattr(other, x) for x in same)
 
 

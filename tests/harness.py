@@ -41,6 +41,7 @@ def check(
     options: Mapping[str, object] | None = None,
     dynamic: bool | None = None,
     gradients: bool = True,
+    times: float = 1.0,
 ) -> Report:
     """Compiles `fn` with the backend and compares it with eager, by the numerics contract.
 
@@ -52,6 +53,7 @@ def check(
         options: the backend's; `downstream` is "aot_eager" if not given.
         dynamic: as in torch.compile.
         gradients: whether floating-point inputs ask for gradients.
+        times: see `assert_close`.
 
     Returns:
         The report of the graphs that were compiled.
@@ -62,11 +64,11 @@ def check(
         fn, backend="attnfuse", dynamic=dynamic, options={"downstream": "aot_eager", **(options or {})}
     )
     with listening(reports.append):
-        compare(fn, compiled, *inputs, gradients=gradients)
+        compare(fn, compiled, *inputs, gradients=gradients, times=times)
     return Report(()).merge(*reports)
 
 
-def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool = True) -> None:
+def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool = True, times: float = 1.0) -> None:
     """The comparison of `check`, for a function that is compiled already."""
     actual = _results(compiled, inputs, gradients)
     original = _results(fn, inputs, gradients)
@@ -87,7 +89,7 @@ def compare(fn: Function, compiled: Function, *inputs: object, gradients: bool =
             assert torch.equal(mine, theirs), name
             continue
         scale = terms.greatest(true) if name.startswith("gradient") else None
-        assert_close(mine, theirs, true, scale, what=name)
+        assert_close(mine, theirs, true, scale, what=name, times=times)
 
 
 OLDER_TORCH: Final = torch.__version__ < "2.13"

@@ -117,7 +117,7 @@ class TestGate:
 
     def test_a_red_gate_leaves_no_speed(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         case, timed = simulated(monkeypatch, {"attnfuse-eager": 0.25, "attnfuse-sdpa": 0.0})
-        outcome = case.measure("case", Setting(4, tmp_path, lambda _: None))
+        outcome = case.measure("case", Setting(4, 2, tmp_path, lambda _: None))
         assert [(row.verdict, row.estimate is None) for row in outcome.rows] == [
             ("wrong results", True),
             ("pass", False),
@@ -128,7 +128,7 @@ class TestGate:
 
     def test_a_green_gate_compares_with_the_better_stock(self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
         case, _ = simulated(monkeypatch, {})
-        outcome = case.measure("case", Setting(4, tmp_path, lambda _: None))
+        outcome = case.measure("case", Setting(4, 2, tmp_path, lambda _: None))
         assert [row.figure for row in outcome.rows] == [f"{ours} over stock-sdpa" for ours in OURS]
         assert [row.estimate and row.estimate.value for row in outcome.rows] == [2.0, 2.0]
         assert all(len(values) == 4 for values in outcome.samples.values())
@@ -210,7 +210,7 @@ class TestGrowth:
         monkeypatch.setattr(cases, "_worker", lambda setting, name, variant: Simulated(variant))
         case = CASES["growth-longformer"]
         assert isinstance(case, Growth)
-        outcome = case.measure("growth-longformer", Setting(3, tmp_path, lambda _: None))
+        outcome = case.measure("growth-longformer", Setting(3, 1, tmp_path, lambda _: None))
         if error:
             assert [row.verdict for row in outcome.rows] == ["wrong results"]
             return
@@ -242,6 +242,7 @@ class TestResults:
             ({"date": "2026-01-02", "outcome": Outcome(())}, True),
             ({"commit": "abd"}, False),
             ({"pairs": 3}, False),
+            ({"starts": 1}, False),
             ({"machine": {"cpu": "A B", "cores": 4}}, False),
             ({"versions": {"torch": "2.12.0"}}, False),
         ],
@@ -328,6 +329,25 @@ class TestCommandLine:
         capsys.readouterr()
         assert command_line.main(["--show", "--out", str(tmp_path)]) == 0
         assert "1.30 to 1.50" in capsys.readouterr().out
+
+    def test_fewer_starts_are_recorded_and_do_not_hold_for_more(
+        self, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    ) -> None:
+        starts: list[int] = []
+
+        def measure(self: Speed, name: str, setting: Setting) -> Outcome:
+            starts.append(setting.starts)
+            return outcome()
+
+        monkeypatch.setattr(Speed, "measure", measure)
+        monkeypatch.setattr(machine, "commit", lambda: "abc")
+        arguments = ["--only", "model-gpt-neox", "--out", str(tmp_path)]
+        for more in (["--starts", "1"], ["--starts", "1"], [], ["--starts", "9"]):
+            command_line.main([*arguments, *more])
+        assert dict.fromkeys(starts) == {1: None, 2: None}
+        assert [json.loads(file.read_text())["starts"] for file in tmp_path.glob("*/model-gpt-neox.json")] == [2]
+        with pytest.raises(SystemExit):
+            command_line.main([*arguments, "--starts", "0"])
 
     def test_a_quick_run_writes_nothing(self, monkeypatch: pytest.MonkeyPatch) -> None:
         written: list[Path] = []

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import sys
 from collections.abc import Callable
@@ -18,6 +19,7 @@ from attnfuse.passes import decide
 from attnfuse.spec import Shape, parse_spec
 from attnfuse.templates.base import Target
 from attnfuse.templates.inline import Inline, written_out
+from attnfuse.templates.native import AMD, INTEL, Processor
 from tests.families import FAMILIES, SHAPES, Call, Leaves, hold_to_oracle, in_types, made, values_of
 from tests.harness import check, qkv, report_of
 from tests.strategies import Case, cases
@@ -150,31 +152,50 @@ def test_where_attnfuse_has_a_kernel_fewer_are_written_out(monkeypatch: pytest.M
 
 @pytest.mark.parametrize("small", ["inline"], indirect=True)
 def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Written out on processors whose plain operators are fast; not those that others read, are given or only computed, nor under a causal mask."""
+    """Written out on processors whose plain operators are fast; other biases are not, nor where keys are skipped."""
+
+    def distances(q: Tensor) -> Tensor:
+        rows = torch.arange(q.shape[2])
+        return (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
+
+    def scores(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        # w becomes a product, so that finfo.min is known to be less than the bias
+        return q @ k.mT + torch.gather(q @ (w[:, :8] @ w), -1, distances(q)) / 8
 
     def gathered(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        rows = torch.arange(w.shape[1] // 2)
-        distances = (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
-        return (q @ k.mT + torch.gather(q @ w, -1, distances) / 8).softmax(-1) @ v
+        return scores(q, k, w).softmax(-1) @ v
+
+    def every_key(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        allowed = (w[0, : k.shape[2]] > 0) & (q[:, :1, :, :1] > 0)
+        return scores(q, k, w).masked_fill(~allowed, torch.finfo(q.dtype).min).softmax(-1) @ v
 
     def causal(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        rows = torch.arange(w.shape[1] // 2)
-        distances = (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1)
-        scores = q @ k.mT + torch.gather(q @ w, -1, distances)
-        return scores.masked_fill(rows[:, None] < rows, float("-inf")).softmax(-1) @ v
+        rows = torch.arange(q.shape[2])
+        return scores(q, k, w).masked_fill(rows[:, None] < rows, -math.inf).softmax(-1) @ v
+
+    def added(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        mask = (w[0, : k.shape[2]] > 0).to(q.dtype) * torch.finfo(q.dtype).min
+        return (scores(q, k, w) + mask).softmax(-1) @ v
+
+    def causal_added(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        rows = torch.arange(q.shape[2])
+        mask = (rows[:, None] < rows).to(q.dtype) * torch.finfo(q.dtype).min
+        return (scores(q, k, w) + mask).softmax(-1) @ v
+
+    def padded(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return scores(q, k, w).masked_fill(w[0, : k.shape[2]] > 0, -math.inf).softmax(-1) @ v
 
     def shared(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> tuple[Tensor, Tensor]:
-        rows = torch.arange(w.shape[1] // 2)
-        bias = torch.gather(q @ w, -1, (rows[:, None] - rows + len(rows)).expand(*q.shape[:2], -1, -1))
+        bias = torch.gather(q @ w, -1, distances(q))
         return (q @ k.mT + bias).softmax(-1) @ v, (k @ q.mT + bias).softmax(-1) @ v
 
     def product(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return (q @ k.mT + (q @ w[:, : k.shape[2]])).softmax(-1) @ v
 
     def by_element(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        return (q @ k.mT + torch.sin(q[..., :1] * w[0, : k.shape[2]]) * torch.cos(k[..., 0])[:, :, None]).softmax(
-            -1
-        ) @ v
+        # the gathered numbers are one for each key
+        of_keys = w[0][torch.arange(k.shape[2]).flip(0)]
+        return (q @ k.mT + torch.sin(q[..., :1] * of_keys) * torch.cos(k[..., 0])[:, :, None]).softmax(-1) @ v
 
     def given(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
         return (q @ k.mT + bias).softmax(-1) @ v
@@ -182,21 +203,38 @@ def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.Monkey
     def of_keys(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return (q @ k.mT + (k @ w[:, :1]).mT).softmax(-1) @ v
 
+    def difference(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
+        return (gathered_weights(q, k, w) - 0.5 * gathered_weights(k, q, w)) @ v
+
+    def gathered_weights(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
+        return scores(q, k, w).softmax(-1)
+
     def codes(
-        fn: Callable[..., object], M: int = 200, dtype: torch.dtype = torch.float32, training: bool = False
+        fn: Callable[..., object],
+        B: int = 2,
+        H: int = 3,
+        M: int = 200,
+        dtype: torch.dtype = torch.float32,
+        training: bool = False,
     ) -> set[str]:
-        q, k, v = (x.requires_grad_(training) for x in qkv(M=M, D=8, dtype=dtype))
+        q, k, v = (x.requires_grad_(training) for x in qkv(B=B, H=H, M=M, D=8, dtype=dtype))
         last = torch.randn((*q.shape[:2], M, M) if fn is given else (8, 2 * M), dtype=dtype)
         return {remark.code for remark in report_of(fn, q, k, v, last).remarks}
 
-    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "Intel")
-    assert codes(gathered) == {"AF011"}
+    def on(processor: Processor) -> None:
+        monkeypatch.setattr(sys.modules[decide.__module__], "processor", lambda: processor)
+        monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: processor.name)
+
+    on(INTEL)
+    for fn in (gathered, every_key, added):
+        assert codes(fn) == codes(fn, B=1) == codes(fn, H=1) == {"AF011"}
     assert codes(gathered, M=513) == {"AF000"}
     assert codes(gathered, dtype=torch.bfloat16) == {"AF000"}
     assert codes(gathered, training=True) == {"AF000"}
-    for fn in (causal, shared, product, by_element, given, of_keys):
-        assert codes(fn) == {"AF000"}
-    monkeypatch.setattr(sys.modules[decide.__module__], "suits", lambda *_: "AMD")
+    for fn in (causal, causal_added, padded, shared, product, by_element, given, of_keys):
+        assert codes(fn) == {"AF000"}, fn.__name__
+    assert codes(difference) == {"AF031"}
+    on(AMD)
     assert codes(gathered) == {"AF000"}
 
 

@@ -606,7 +606,7 @@ def test_few_rows_are_left_to_pytorchs_kernel(
 
 
 @served
-@pytest.mark.parametrize("on", [native._AMD, native._INTEL], ids=lambda on: on.name)
+@pytest.mark.parametrize("on", [native.AMD, native.INTEL], ids=lambda on: on.name)
 def test_float16_stays_what_it_is_for_our_kernel(on: native.Processor, monkeypatch: pytest.MonkeyPatch) -> None:
     """It is converted for the library's where that is slow in it; here each block of rows is a call."""
     monkeypatch.setattr(native, "_has_rows", has_rows)
@@ -683,15 +683,15 @@ def test_processors(
 @pytest.mark.parametrize(
     ("on", "dtype", "rows", "scores", "heads", "suits"),
     [
-        (native._AMD, torch.float32, 48, 1, 1, True),
-        (native._AMD, torch.float32, 47, 1 << 20, 1, False),
-        (native._AMD, torch.bfloat16, 1, 1, 1, True),
-        (native._INTEL, torch.float32, 1000, 128 * 128, 16, False),
-        (native._INTEL, torch.float32, 1000, 128 * 128, 17, True),
-        (native._INTEL, torch.float32, 48, 128 * 128 + 1, 1, True),
-        (native._INTEL, torch.float32, 47, 1 << 20, 100, False),
-        (native._INTEL, torch.bfloat16, 16, 1, 1, True),
-        (native._INTEL, torch.float16, 15, 1 << 20, 1, False),
+        (native.AMD, torch.float32, 48, 1, 1, True),
+        (native.AMD, torch.float32, 47, 1 << 20, 1, False),
+        (native.AMD, torch.bfloat16, 1, 1, 1, True),
+        (native.INTEL, torch.float32, 1000, 128 * 128, 16, False),
+        (native.INTEL, torch.float32, 1000, 128 * 128, 17, True),
+        (native.INTEL, torch.float32, 48, 128 * 128 + 1, 1, True),
+        (native.INTEL, torch.float32, 47, 1 << 20, 100, False),
+        (native.INTEL, torch.bfloat16, 16, 1, 1, True),
+        (native.INTEL, torch.float16, 15, 1 << 20, 1, False),
     ],
 )
 def test_sizes(

@@ -96,15 +96,20 @@ def test_gradient_scales_are_sums_of_absolute_terms() -> None:
     )
 
 
-def test_a_sink_adds_up_terms_over_the_depth_too() -> None:
-    """They cancel in `dout·out`, which the scale has to tell."""
+@pytest.mark.parametrize("all_of_it", [False, True])
+def test_a_sink_adds_up_terms_over_the_depth_too(all_of_it: bool) -> None:
+    """They cancel in `dout·out`, in part or to nothing, which the scale has to tell."""
     spec = parse_spec("sinks: f32[:]; s sink sinks[h]")
     x = Case(spec, Shape(2, 3, 3, 5, 6, 4, 7), 1).tensors(torch.float64)
     q, k, v, sinks = (y.detach() for y in (x.q, x.k, x.v, *x.leaves))
+    dout = x.dout
+    if all_of_it:
+        v, dout = torch.ones_like(v), torch.zeros_like(dout)
+        dout[..., 0], dout[..., 1] = 1.0, -1.0
     sink = sinks[None, :, None, None].expand(2, 3, 5, 1)
     weights = torch.cat([q @ k.mT, sink], -1).softmax(-1)
-    terms = weights[..., 6:] * x.dout * (weights[..., :6] @ v)
-    assert gradient_scales(spec, x.q, x.k, x.v, x.leaves, x.dout)["sinks"] == pytest.approx(
+    terms = weights[..., 6:] * dout * (weights[..., :6] @ v)
+    assert gradient_scales(spec, x.q, x.k, v, x.leaves, dout)["sinks"] == pytest.approx(
         float(terms.abs().sum((0, 2, 3)).max())
     )
 

@@ -18,7 +18,7 @@ from attnfuse.passes.graph import SHORT_DTYPES, fake, module_path, packet, shape
 from attnfuse.passes.lift import LeafSource
 from attnfuse.passes.site import Site
 from attnfuse.passes.spell import Meaning, meaning
-from attnfuse.passes.views import VIEWS
+from attnfuse.passes.views import GATHERS, MOVES
 from attnfuse.remark import Remark
 from attnfuse.score import Expr, Program, S, loads
 from attnfuse.templates.base import Target
@@ -26,7 +26,7 @@ from attnfuse.templates.choose import Choice, Refusal, choose
 from attnfuse.templates.inline import Inline
 from attnfuse.templates.launch import arch_of
 from attnfuse.templates.library import Call, Library, call_for
-from attnfuse.templates.native import suits
+from attnfuse.templates.native import processor, suits
 from attnfuse.templates.native_step import takes
 from attnfuse.templates.tile_lists import has_no_ranges, mask_text, reads_leaves, share_skipped, worth_a_map
 from attnfuse.templates.written_bias import WrittenBias, written_bias
@@ -36,9 +36,6 @@ from attnfuse.tiles import bounds, needs_every_key, never_empty, tiles_skipped
 # docs/design.md.
 _SUM: Final = 16
 _SUM_BY_OURS: Final = 2
-
-_GATHERS: Final = ("gather", "index", "index_select", "take_along_dim")
-_PASSED: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
 # Rows and keys, about those that kernels for the CPU take at a time.
 _TILE: Final = (64, 64)
 
@@ -84,8 +81,9 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     form = _form(what, choice, target)
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
-    few = (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
-    if SUMMED in site.anchor.meta and what.shape.M * what.shape.N <= few and target.device == "cpu":
+    few = what.shape.M * what.shape.N <= (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
+    # written out, parts of a sum are products more and save nothing
+    if SUMMED in site.anchor.meta and (few or isinstance(form, Inline)) and target.device == "cpu":
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
     if isinstance(form, WrittenBias):
         facts["written_out"] = str(form.bias)
@@ -133,30 +131,34 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
         lse=site.lse is not None,
         arch=arch_of(q.device) if q.device.type == "cuda" and torch.cuda.is_available() else "",
         inline_scores=inline_scores if static else 0,
+        processor=cpu.name if q.device.type == "cpu" and (cpu := processor()) is not None else "",
         native=suits(site.dtype, M * H // max(1, Hkv), M * N, B * H) if served else "",
         rounded=site.rounded,
-        gathers=_gathers_cells(what),
+        gathers=static and _gathers_cells(what),
     )
 
 
 def _gathers_cells(what: Meaning) -> bool:
     """Whether the score reads a tensor of its own, with an element for each cell, that the graph gathers (DeBERTa's positions).
 
-    Not where indices alone decide that tiles are skipped (causal, windows), which gains more than a bias that is not written.
+    Not where a mask leaves keys out (causal, windows, padding), as to skip them gains more than a bias that is not written.
     """
+    B, H, _, M, N, *_ = what.shape
+    program = what.spec.program
+    if program.tiers and not (needs_every_key(program) and tiles_skipped(what.spec, what.shape, *_TILE) == 0.0):
+        return False
+    axes = {axis for axis, size in zip("bhmn", (B, H, M, N), strict=True) if size != 1}
     sources: dict[str, LeafSource] = dict(zip((leaf.name for leaf in what.spec.leaves), what.leaves, strict=True))
-    of_cells = [
-        load.leaf for load in loads(what.spec.program.body) if {"b", "h", "m", "n"} <= {str(i) for i in load.indices}
-    ]
+    of_cells = [load.leaf for load in loads(program.body) if axes <= {str(i) for i in load.indices}]
     pending = [sources[leaf].node for leaf in of_cells]
     while pending:
         node = pending.pop()
         # what others read is computed anyway
         if not isinstance(node.target, torch._ops.OpOverload) or len(node.users) > 1:
             continue
-        if packet(node) in _GATHERS:
-            return tiles_skipped(what.spec, what.shape, *_TILE) == 0.0
-        if packet(node) in _PASSED or torch.Tag.pointwise in node.target.tags:
+        if packet(node) in GATHERS and fake(node).numel() >= B * H * M * N:
+            return True
+        if packet(node) in MOVES or torch.Tag.pointwise in node.target.tags:
             pending += node.all_input_nodes
     return False
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Final
 
 import torch
 from torch import fx
@@ -13,13 +12,10 @@ from attnfuse.passes.contraction import Contraction, contraction
 from attnfuse.passes.graph import fake, is_tensor, packet
 from attnfuse.passes.lift import Scope
 from attnfuse.passes.peel import LARGE_FACTOR
-from attnfuse.passes.views import VIEWS
+from attnfuse.passes.views import GATHERS, MOVES
 from attnfuse.score import Load
 
 __all__ = ["dependent"]
-
-_VIEWED: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
-_MOVES: Final = (*_VIEWED, "gather", "index", "index_select", "take_along_dim")
 
 
 def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
@@ -43,7 +39,7 @@ def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
             if (found := contraction(at)) is not None:
                 if not is_common(found):
                     return False
-            elif name in _MOVES or scale is not None:
+            elif name in (*MOVES, *GATHERS) or scale is not None:
                 todo.append((at.args[0], factor * (scale or 1.0)))  # type: ignore[arg-type]
             elif name in ("add", "sub") and at.kwargs.get("alpha", 1) == 1:
                 terms = [x for x in at.args[:2] if x != 0]
@@ -64,8 +60,8 @@ def dependent(scope: Scope, score: Contraction) -> Callable[[Load], bool]:
 def _origin(node: fx.Node, scope: Scope) -> tuple[fx.Node, float]:
     """What a factor is a view, a copy or a multiple of, as far as nothing writes to it, and the greatest multiple."""
     factor = 1.0
-    while not scope.storage.writes(node) and (packet(node) in _VIEWED or (scale := _scale(node)) is not None):
-        factor *= 1.0 if packet(node) in _VIEWED else scale or 1.0
+    while not scope.storage.writes(node) and (packet(node) in MOVES or (scale := _scale(node)) is not None):
+        factor *= 1.0 if packet(node) in MOVES else scale or 1.0
         above = node.args[0]
         assert isinstance(above, fx.Node)
         node = above

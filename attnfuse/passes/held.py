@@ -16,12 +16,11 @@ from torch import fx
 
 from attnfuse.passes.graph import fake, is_tensor, packet
 from attnfuse.passes.lift import Scope
-from attnfuse.passes.views import VIEWS
+from attnfuse.passes.views import MOVES
 from attnfuse.score import Load, free_vars
 
 __all__ = ["fills_of"]
 
-_MOVES: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
 _PLAIN: Final = (torch.Tensor, torch.nn.Parameter, torch.nn.Buffer)
 
 
@@ -55,7 +54,7 @@ def _given(scope: Scope, node: fx.Node) -> fx.Node | None:
             if passed is None:
                 return None
             scope, node = scope.outer, passed
-        elif packet(node) in _MOVES and is_tensor(node.args[0]):
+        elif packet(node) in MOVES and is_tensor(node.args[0]):
             node = node.args[0]  # type: ignore[assignment]
         else:
             return None

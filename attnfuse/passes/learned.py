@@ -17,25 +17,14 @@ from torch._subclasses.fake_tensor import FakeTensor
 from attnfuse.passes.constants import constant
 from attnfuse.passes.graph import fake, is_tensor, packet
 from attnfuse.passes.lift import Scope
-from attnfuse.passes.views import VIEWS
+from attnfuse.passes.views import GATHERS, MOVES
 from attnfuse.score import Load
 
 __all__ = ["COMMON", "greatest_of"]
 
 # What scores, and numbers as common as they, are taken to be at most; it fits float16.
 COMMON: Final = 2.0**15
-_MOVES: Final = (
-    *VIEWS,
-    "to",
-    "_to_copy",
-    "contiguous",
-    "clone",
-    "gather",
-    "index",
-    "index_select",
-    "take_along_dim",
-    "cat",
-)
+_PICKS: Final = (*MOVES, *GATHERS, "cat")
 _MEANS: Final = ("upsample_nearest2d", "upsample_bilinear2d", "upsample_bicubic2d")
 # Constants of more elements, or of more steps, are not computed.
 _MOST_ELEMENTS: Final = 1 << 14
@@ -71,7 +60,7 @@ def _is_learned(scope: Scope, node: fx.Node) -> bool:
         if at.op == "placeholder" and scope.outer is None:
             if not _learns(at):
                 return False
-        elif name in _MOVES or name in _MEANS or name == "embedding":
+        elif name in _PICKS or name in _MEANS or name == "embedding":
             moved = at.args[0] if name == "cat" else at.args[:1]
             if not all(map(is_tensor, moved)):  # type: ignore[arg-type]
                 return False

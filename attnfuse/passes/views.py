@@ -34,6 +34,10 @@ VIEWS: Final = (
     "slice",
     "narrow",
 )
+# What gives elements as they are: views, copies and other types of them.
+MOVES: Final = (*VIEWS, "to", "_to_copy", "contiguous", "clone")
+# What gives elements that a tensor of indices picks.
+GATHERS: Final = ("gather", "index", "index_select", "take_along_dim")
 
 
 def broadcast(node: fx.Node, index: Sequence[Index]) -> tuple[Index, ...]:

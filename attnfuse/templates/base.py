@@ -27,7 +27,8 @@ class Target(NamedTuple):
         arch: compute architecture of the device (`sm_90`), empty where it does not matter.
         inline_scores: up to how many scores a head (M·N) an attention may be written out; 0 where it may not, as where sizes
             are symbolic.
-        native: the processor, `AMD` or `Intel`, where attnfuse's own kernels for the CPU should serve, see `native.suits`.
+        processor: the kind of CPU, `AMD` or `Intel`, where it is one that was measured, see `native.processor`.
+        native: the same, where attnfuse's own kernels for the CPU should serve, see `native.suits`.
         rounded: whether the model rounds q·kᵀ to that type.
         gathers: whether the model gathers a number for each score, for this attention alone.
     """
@@ -40,6 +41,7 @@ class Target(NamedTuple):
     unit_stride: bool = True
     arch: str = ""
     inline_scores: int = 0
+    processor: str = ""
     native: str = ""
     rounded: bool = False
     gathers: bool = False

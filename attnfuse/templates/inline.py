@@ -1,7 +1,8 @@
 """Small attentions written out as plain operators, which Inductor fuses with what stands around them.
 
 The passes emit the nodes of `written_out` instead of the operator.  Below some ten thousand scores a head a call of any kernel
-costs more than the memory traffic that it saves.  `Inline` never runs in the operator.
+costs more than the memory traffic that it saves, and where a bias is made for each score it saves less (`most_scores`).  `Inline`
+never runs in the operator.
 """
 
 from __future__ import annotations
@@ -33,16 +34,18 @@ def most_scores(shape: Shape, target: Target) -> int:
     On those of Intel plain operators are faster in float32, and ours are asked for only where there are many heads
     (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever
     rounds the scores: of 32 rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).  A bias that the model
-    gathers for each score of one attention goes through memory for our kernel and not written out: DeBERTa with 2 x 512 tokens
-    takes 278 ms with ours and 268 without in float32, in training 744 and 764; one layer of 2 x 8 heads 0.91 to 0.95 of the time
-    at 192 to 512 tokens.  One that is a product of matrices does so either way, and what is computed by element costs less to
-    write than the scores do: 0.94 and 1.11 of the time at 384 tokens, 1.25 and 1.20 at 512.
+    gathers for each score of one attention goes through memory for any kernel and not written out: DeBERTa with 2 x 512 tokens
+    takes 278 ms with ours and 268 written out in float32, in training 744 and 764.  Of one layer with 2 x 8 heads the written one
+    takes 0.91 to 0.95 times as long at 192 to 512 tokens, but 1.2 times under a causal mask.  A bias that is a product of matrices
+    goes through memory either way (0.94 times at 384 tokens, 1.25 at 512), one that is computed by element costs less to write
+    than the scores do (1.11 and 1.20).
     """
+    if target.processor == "Intel" and target.gathers and target.dtype == "f32" and not target.training:
+        return 16 * target.inline_scores
     if not target.native:
         return target.inline_scores
     if target.native == "Intel":
-        gathered = target.gathers and target.dtype == "f32" and not target.training
-        return 16 * target.inline_scores if gathered else target.inline_scores // 32
+        return target.inline_scores // 32
     if target.dtype == "bf16" and target.rounded:
         return 4 * target.inline_scores
     many = shape.B * shape.H * shape.M * shape.N > MANY_SCORES

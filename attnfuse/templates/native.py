@@ -54,11 +54,11 @@ class Processor(NamedTuple):
 # To pack keys and values costs more in float32 than fewer rows gain: with 2,048 keys of 4 x 16 heads 1 row takes 2.1 times, 32 rows
 # 1.05 times as long as by the library's, in bfloat16 1/4 and 0.6 times; with 48 keys of 64 x 8 heads 48 rows take 0.9 times as long
 # in float32.
-_AMD: Final = Processor("AMD", pairs=True, fewest_rows=(48, 1), fewest_scores=0)
+AMD: Final = Processor("AMD", pairs=True, fewest_rows=(48, 1), fewest_scores=0)
 # Since Sapphire Rapids, which has AVX-512 for float16.  The library takes whole vectors: in float32 ours take 0.85 to 1 times as
 # long, 0.5 to 0.8 where half of the keys are masked; up to 128 x 128 scores plain operators do better.  In bfloat16, 8 x 8 heads of
 # 512 tokens (D 64), the library takes 32 ms, ours 30 with pairs and 18 without.  8 rows take as long as the library's or longer.
-_INTEL: Final = Processor("Intel", pairs=False, fewest_rows=(48, 16), fewest_scores=16_385)
+INTEL: Final = Processor("Intel", pairs=False, fewest_rows=(48, 16), fewest_scores=16_385)
 
 
 class Keys(NamedTuple):
@@ -183,8 +183,8 @@ def processor() -> Processor | None:
         return None
     vendor, flags = (_facts().get(key, "") for key in ("vendor_id", "flags"))
     if vendor == "AuthenticAMD":
-        return _AMD
-    return _INTEL if vendor == "GenuineIntel" and "avx512_fp16" in flags.split() else None
+        return AMD
+    return INTEL if vendor == "GenuineIntel" and "avx512_fp16" in flags.split() else None
 
 
 @cache
