@@ -203,12 +203,6 @@ def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.Monkey
     def of_keys(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
         return (q @ k.mT + (k @ w[:, :1]).mT).softmax(-1) @ v
 
-    def difference(q: Tensor, k: Tensor, v: Tensor, w: Tensor) -> Tensor:
-        return (gathered_weights(q, k, w) - 0.5 * gathered_weights(k, q, w)) @ v
-
-    def gathered_weights(q: Tensor, k: Tensor, w: Tensor) -> Tensor:
-        return scores(q, k, w).softmax(-1)
-
     def codes(
         fn: Callable[..., object],
         B: int = 2,
@@ -233,7 +227,6 @@ def test_biases_that_the_model_gathers_for_each_score(monkeypatch: pytest.Monkey
     assert codes(gathered, training=True) == {"AF000"}
     for fn in (causal, causal_added, padded, shared, product, by_element, given, of_keys):
         assert codes(fn) == {"AF000"}, fn.__name__
-    assert codes(difference) == {"AF031"}
     on(AMD)
     assert codes(gathered) == {"AF000"}
 

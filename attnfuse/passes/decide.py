@@ -81,9 +81,8 @@ def decide(site: Site, inline_scores: int) -> Replacement | Remark:
     form = _form(what, choice, target)
     if isinstance(form, Call) and site.is_sdpa and _is_plain(site):
         return Remark.of("AF001", **where, template=template.name, **facts)  # type: ignore[arg-type]
-    few = what.shape.M * what.shape.N <= (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
-    # written out, parts of a sum are products more and save nothing
-    if SUMMED in site.anchor.meta and (few or isinstance(form, Inline)) and target.device == "cpu":
+    few = (_SUM_BY_OURS if target.native else _SUM) * target.inline_scores
+    if SUMMED in site.anchor.meta and what.shape.M * what.shape.N <= few and target.device == "cpu":
         return Remark.of("AF031", **where, why="its weights are added to others'", **facts)  # type: ignore[arg-type]
     if isinstance(form, WrittenBias):
         facts["written_out"] = str(form.bias)
@@ -141,7 +140,7 @@ def _target(site: Site, what: Meaning, inline_scores: int) -> Target:
 def _gathers_cells(what: Meaning) -> bool:
     """Whether the score reads a tensor of its own, with an element for each cell, that the graph gathers (DeBERTa's positions).
 
-    Not where a mask leaves keys out (causal, windows, padding), as to skip them gains more than a bias that is not written.
+    Not where a mask leaves keys out (causal, windows, padding by -inf): to skip them gains more than a bias that is not written.
     """
     B, H, _, M, N, *_ = what.shape
     program = what.spec.program

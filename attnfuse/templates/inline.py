@@ -35,10 +35,10 @@ def most_scores(shape: Shape, target: Target) -> int:
     (`native.suits`): Swin takes 148 ms with them and 195 written out, in training 422 and 461.  In bfloat16 ours are faster whoever
     rounds the scores: of 32 rows 0.42 ms and 0.49 written out, of 64 rows 0.77 and 1.05 (2 cores of a Xeon).  A bias that the model
     gathers for each score of one attention goes through memory for any kernel and not written out: DeBERTa with 2 x 512 tokens
-    takes 278 ms with ours and 268 written out in float32, in training 744 and 764.  Of one layer with 2 x 8 heads the written one
-    takes 0.91 to 0.95 times as long at 192 to 512 tokens, but 1.2 times under a causal mask.  A bias that is a product of matrices
-    goes through memory either way (0.94 times at 384 tokens, 1.25 at 512), one that is computed by element costs less to write
-    than the scores do (1.11 and 1.20).
+    takes 278 ms with ours and 268 written out in float32, in training 744 and 764.  An attention alone, 1 x 8 to 2 x 8
+    heads of 192 to 512 tokens, takes 0.85 to 0.98 times as long written out, but 1.3 to 1.4 times under a causal mask.  A bias
+    that is a product of matrices goes through memory either way (0.94 times at 384 tokens, 1.25 at 512), one that is computed by
+    element costs less to write than the scores do (1.11 and 1.20).
     """
     if target.processor == "Intel" and target.gathers and target.dtype == "f32" and not target.training:
         return 16 * target.inline_scores
